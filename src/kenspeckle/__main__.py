@@ -1,0 +1,5 @@
+"""Lets `python -m kenspeckle` stand for `ken`."""
+
+from kenspeckle.cli import main
+
+main()

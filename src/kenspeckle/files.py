@@ -1,0 +1,104 @@
+"""Files that are written whole or not at all, and read only when they are ordinary files.
+
+A file is written under a temporary name in the same folder, flushed to the disk, renamed over the
+old one, and the folder is flushed too: after a crash or a full disk either the old or the new file
+stands there, never a part (Pillai et al., OSDI 2014, "All File Systems Are Not Created Equal").
+"""
+
+import contextlib
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from kenspeckle.core import DataError, MissingPathError, WriteError
+
+__all__ = ["PART_SUFFIX", "read_file", "replacing", "write_file"]
+
+PART_SUFFIX = ".part"
+"""Ends the temporary name of a file that is being written."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file whose content takes the place of `path` when the block ends without an error.
+
+    Raises:
+        WriteError: the disk is full, the folder cannot be written, or is missing.
+    """
+    part = path.with_name(f".{path.name[:100]}.{os.getpid()}-{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise WriteError(_explain(path, error)) from error
+    finally:
+        with contextlib.suppress(OSError):  # the rename took it, or it never came to be
+            part.unlink()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all.
+
+    Raises:
+        WriteError: see `replacing`.
+    """
+    with replacing(path) as file:
+        file.write(data)
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """Return the content of an ordinary file of at most `max_bytes` bytes.
+
+    A FIFO, a socket or a device is refused before it is opened for data, so nothing can hang.
+
+    Raises:
+        MissingPathError: there is no such path.
+        DataError: not an ordinary file, too large, or not readable.
+    """
+    try:
+        handle = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        )
+    except FileNotFoundError as error:
+        raise MissingPathError(f"{path}: no such file") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with os.fdopen(handle, "rb") as file:
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise DataError(f"{path}: not an ordinary file")
+        if state.st_size > max_bytes:
+            raise DataError(f"{path}: {state.st_size:,} bytes; at most {max_bytes:,} are read")
+        try:
+            return file.read(max_bytes)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return  # Windows has no handle on a folder that could be flushed
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _explain(path: Path, error: OSError) -> str:
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(path.parent).free
+        return (
+            f"{path}: could not be written: {error.strerror or error} "
+            f"({free / 1e6:,.1f} MB free there); what stood there before is untouched"
+        )
+    return f"{path}: could not be written: {error.strerror or error}"
