@@ -1,0 +1,301 @@
+"""Random changes of training pictures, whole batches at a time, on any device.
+
+Every choice is a pure function of (seed, epoch, item): neither the order of the pictures, nor the
+batch that they are in, nor the number of loader threads can change it.
+
+Moving pixels is one table of source rows and one of source columns for each picture, so that
+mirroring, shifting and zooming together cost a single pass.
+"""
+
+import enum
+import functools
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int64, Shaped, UInt8
+from torch import Tensor
+
+from kenspeckle.config import AugmentationConfig
+
+__all__ = [
+    "Stream",
+    "augment",
+    "colour",
+    "cutout",
+    "mirrored",
+    "reflect",
+    "resample",
+    "take",
+    "uniforms",
+]
+
+
+class Stream(enum.IntEnum):
+    """The independent choices that are made for one picture."""
+
+    FLIP = 0
+    SHIFT_ROWS = 1
+    SHIFT_COLUMNS = 2
+    ZOOM = 3
+    ZOOM_TOP = 4
+    ZOOM_LEFT = 5
+    CUTOUT_ROW = 6
+    CUTOUT_COLUMN = 7
+    BRIGHTNESS = 8
+    CONTRAST = 9
+    SATURATION = 10
+
+
+def augment(
+    images: UInt8[Tensor, "n h w 3"],
+    items: Int[Tensor, " n"],
+    config: AugmentationConfig,
+    seed: int,
+    epoch: int,
+) -> UInt8[Tensor, "n h w 3"]:
+    """Return the pictures with the changes that `config` asks for.
+
+    The order is zoom, shift, flip, colour, cutout. With every amount at zero the pictures
+    themselves are returned.
+
+    Args:
+        images: RGB, 0 to 255.
+        items: number of each picture in the training set, on the pictures' device.
+        config: which changes, and how large they may be.
+        seed: the run's seed, at least 0.
+        epoch: number of the epoch, from 0.
+    """
+    if config == AugmentationConfig():
+        return images
+    chances = uniforms(seed, epoch, items)
+    if config.flip or config.shift or config.zoom:
+        images = _move(images, config, chances, epoch)
+    if config.brightness or config.contrast or config.saturation:
+        signed = 2 * chances - 1
+        images = colour(
+            images,
+            1 + config.brightness * signed[Stream.BRIGHTNESS],
+            1 + config.contrast * signed[Stream.CONTRAST],
+            1 + config.saturation * signed[Stream.SATURATION],
+        )
+    if config.cutout:
+        rows = (chances[Stream.CUTOUT_ROW] * images.shape[1]).long()
+        columns = (chances[Stream.CUTOUT_COLUMN] * images.shape[2]).long()
+        images = cutout(images, rows, columns, config.cutout)
+    return images
+
+
+def _move(
+    images: UInt8[Tensor, "n h w 3"],
+    config: AugmentationConfig,
+    chances: Float[Tensor, "streams n"],
+    epoch: int,
+) -> UInt8[Tensor, "n h w 3"]:
+    N, H, W, _ = images.shape
+    rows = torch.arange(H, device=images.device).expand(N, H)
+    columns = torch.arange(W, device=images.device).expand(N, W)
+    if config.flip:
+        mirror = mirrored(chances[Stream.FLIP], epoch)[:, None]
+        columns = torch.where(mirror, W - 1 - columns, columns)
+    if config.shift:
+        steps = chances[Stream.SHIFT_ROWS : Stream.SHIFT_COLUMNS + 1] * (2 * config.shift + 1)
+        down, right = (steps.long() - config.shift)[:, :, None]
+        rows = reflect(rows - down, H)
+        columns = reflect(columns - right, W)
+    if not config.zoom:
+        return take(images, rows, columns)
+    left_out = config.zoom * chances[Stream.ZOOM]
+    return resample(
+        images,
+        _crop(rows, left_out, chances[Stream.ZOOM_TOP], H),
+        _crop(columns, left_out, chances[Stream.ZOOM_LEFT], W),
+    )
+
+
+def _crop(
+    positions: Int64[Tensor, "n size"],
+    left_out: Float[Tensor, " n"],
+    before: Float[Tensor, " n"],
+    length: int,
+) -> Float[Tensor, "n size"]:
+    """Source positions in a crop that leaves out a share of a side, `before` of it on one end."""
+    share = (1 - left_out)[:, None]
+    start = (left_out * before)[:, None] * length
+    return (positions + 0.5) * share + start - 0.5  # pixel centres lie at half numbers
+
+
+@functools.lru_cache(maxsize=4)
+def _keys(seed: int, epoch: int) -> Int64[Tensor, " streams"]:
+    """A well-mixed number for each stream; mirroring alternates, so its coin is the run's."""
+    words = [(seed, 0 if stream is Stream.FLIP else epoch, stream) for stream in Stream]
+    keys = [np.random.SeedSequence(three).generate_state(1, np.uint64) for three in words]
+    return torch.from_numpy(np.concatenate(keys).view(np.int64))
+
+
+def uniforms(seed: int, epoch: int, items: Int[Tensor, " n"]) -> Float[Tensor, "streams n"]:
+    """Return a number from 0 to below 1 for each stream and item, a multiple of 2**-24.
+
+    It is the item's own output of the generator SplitMix64 that (seed, epoch, stream) seeds;
+    `Stream.FLIP` is the same in all epochs.
+    Source: Steele, Lea and Flood 2014, https://doi.org/10.1145/2660193.2660195
+
+    Args:
+        seed: at least 0.
+        epoch: at least 0.
+        items: number of each item, at least 0.
+
+    Example:
+        >>> both, one = uniforms(0, 0, torch.tensor([5, 9])), uniforms(0, 0, torch.tensor([9]))
+        >>> torch.equal(both[:, 1:], one)
+        True
+    """
+    # The generator's constants as signed numbers; products of int64 wrap around, as they must.
+    counters = (items.long() + 1) * -0x61C8864680B583EB
+    z = counters + _keys(seed, epoch).to(items.device)[:, None]
+    z = (z ^ _shifted(z, 30)) * -0x40A7B892E31B1A47
+    z = (z ^ _shifted(z, 27)) * -0x6B2FB644ECCEEE15
+    return _shifted(z ^ _shifted(z, 31), 40) * 2.0**-24
+
+
+def _shifted(z: Int64[Tensor, "streams n"], bits: int) -> Int64[Tensor, "streams n"]:
+    """Shift right with zeros, which torch has for unsigned numbers only."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mirrored(coins: Float[Tensor, " n"], epoch: int) -> Bool[Tensor, " n"]:
+    """Return which pictures are mirrored in this epoch: each one in every second epoch.
+
+    A fair coin decides in which. Any two epochs then show both sides of every picture, where
+    independent coins would show half of the pictures twice the same way.
+    Source: airbench, section 3.6, arXiv 2404.00498.
+
+    Args:
+        coins: numbers from 0 to below 1 that do not depend on the epoch.
+        epoch: number of the epoch, from 0.
+    """
+    return (coins < 0.5) ^ (epoch % 2 == 1)
+
+
+def reflect(positions: Int64[Tensor, "n size"], length: int) -> Int64[Tensor, "n size"]:
+    """Return positions inside 0 to `length` - 1; those outside are mirrored at the border pixel.
+
+    Example:
+        >>> reflect(torch.tensor([[-2, -1, 0, 3, 4, 5]]), 4)
+        tensor([[2, 1, 0, 3, 2, 1]])
+    """
+    last = length - 1
+    if last == 0:
+        return torch.zeros_like(positions)
+    return last - (positions.remainder(2 * last) - last).abs()
+
+
+def take(
+    images: Shaped[Tensor, "n h w 3"],
+    rows: Int64[Tensor, "n y"],
+    columns: Int64[Tensor, "n x"],
+) -> Shaped[Tensor, "n y x 3"]:
+    """Return the pixels at the crossings of each picture's rows and columns.
+
+    Args:
+        images: pictures of any number type.
+        rows: source rows, 0 to h - 1.
+        columns: source columns, 0 to w - 1.
+    """
+    N, H, W, _ = images.shape
+    tops = torch.arange(N, device=images.device)[:, None] * H
+    # The table of pixel numbers is larger than the pictures: narrow numbers halve its traffic.
+    kind = torch.int32 if N * H * W < 2**31 else torch.int64
+    starts = ((tops + rows) * W).to(kind)
+    crossings = starts[:, :, None] + columns.to(kind)[:, None, :]
+    pixels = images.reshape(-1, 3).index_select(0, crossings.view(-1))
+    return pixels.view(*crossings.shape, 3)
+
+
+def resample(
+    images: UInt8[Tensor, "n h w 3"],
+    rows: Float[Tensor, "n y"],
+    columns: Float[Tensor, "n x"],
+) -> UInt8[Tensor, "n y x 3"]:
+    """Return the pictures at fractional positions, bilinear; beyond the border lies its pixel.
+
+    Args:
+        images: RGB, 0 to 255.
+        rows: source rows in pixels; the centre of the first pixel is at 0.
+        columns: source columns, likewise.
+    """
+    N, H, W, _ = images.shape
+    above, below, down = _neighbours(rows, H)
+    left, right, across = _neighbours(columns, W)
+    all_columns = torch.arange(W, device=images.device).expand(N, W)
+    all_rows = torch.arange(rows.shape[1], device=images.device).expand_as(rows)
+    upper, lower = (take(images, row, all_columns).float() for row in (above, below))
+    lines = torch.lerp(upper, lower, down[:, :, None, None])
+    west, east = (take(lines, all_rows, column) for column in (left, right))
+    return torch.lerp(west, east, across[:, None, :, None]).round().to(torch.uint8)
+
+
+def _neighbours(
+    positions: Float[Tensor, "n size"], length: int
+) -> tuple[Int64[Tensor, "n size"], Int64[Tensor, "n size"], Float[Tensor, "n size"]]:
+    """The pixels on both sides of each position, and how far it is from the first to the second."""
+    inside = positions.clamp(0, length - 1)
+    first = inside.floor()
+    second = (first + 1).clamp_max(length - 1)
+    return first.long(), second.long(), inside - first
+
+
+def colour(
+    images: UInt8[Tensor, "n h w 3"],
+    brightness: Float[Tensor, " n"],
+    contrast: Float[Tensor, " n"],
+    saturation: Float[Tensor, " n"],
+) -> UInt8[Tensor, "n h w 3"]:
+    """Return the pictures with their levels scaled in three ways; 1 leaves everything.
+
+    Brightness scales the levels, contrast their distance from the picture's mean grey,
+    saturation their distance from the pixel's own grey; grey is 0.299 R + 0.587 G + 0.114 B
+    (ITU-R BT.601). All three are linear, so together they are one matrix and one offset a
+    picture, and levels are rounded and clipped once, at the end.
+
+    Args:
+        images: RGB, 0 to 255.
+        brightness: factor, at least 0.
+        contrast: factor, at least 0.
+        saturation: factor, at least 0.
+    """
+    levels = images.flatten(1, 2).float()
+    grey = torch.tensor([0.299, 0.587, 0.114], device=images.device)
+    mean_grey = (levels.mean(1) * grey).sum(1)
+    own = saturation[:, None, None] * torch.eye(3, device=images.device)
+    towards_grey = (1 - saturation)[:, None, None] * grey[:, None].expand(3, 3)
+    matrix = (brightness * contrast)[:, None, None] * (own + towards_grey)
+    offset = ((1 - contrast) * brightness * mean_grey)[:, None, None]
+    changed = torch.baddbmm(offset, levels, matrix)
+    return changed.round_().clamp_(0, 255).to(torch.uint8).view(images.shape)
+
+
+def cutout(
+    images: UInt8[Tensor, "n h w 3"],
+    rows: Int64[Tensor, " n"],
+    columns: Int64[Tensor, " n"],
+    side: int,
+) -> UInt8[Tensor, "n h w 3"]:
+    """Return the pictures, each with a square set to its own mean colour.
+
+    The square may reach over the border. Source: DeVries and Taylor 2017, arXiv 1708.04552.
+
+    Args:
+        images: RGB, 0 to 255.
+        rows: row of each square's centre; of an even side, of the pixel after the centre.
+        columns: column of each square's centre, likewise.
+        side: of the square, in pixels.
+    """
+    _, H, W, _ = images.shape
+    mean = images.flatten(1, 2).float().mean(1).round().to(torch.uint8)
+    hole = _within(rows, side, H)[:, :, None, None] & _within(columns, side, W)[:, None, :, None]
+    return torch.where(hole, mean[:, None, None, :], images)
+
+
+def _within(centres: Int64[Tensor, " n"], side: int, length: int) -> Bool[Tensor, "n length"]:
+    distance = torch.arange(length, device=centres.device) - (centres[:, None] - side // 2)
+    return (distance >= 0) & (distance < side)
