@@ -1,0 +1,556 @@
+"""The command `ken`: words in, words out. The one place that prints.
+
+Progress and notices go to standard error, results to standard output, so that a program can read
+them. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+import csv
+import io
+import json
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kenspeckle.core import InvalidValueError, KenError, MissingPathError
+
+if TYPE_CHECKING:
+    from kenspeckle.config import Recipe
+    from kenspeckle.core import Interval
+    from kenspeckle.fit import Event, Finished
+    from kenspeckle.modelfile import Manifest
+    from kenspeckle.prediction import Answer, Difference, Model
+    from kenspeckle.results import Report, Scores
+
+__all__ = ["app", "main"]
+
+INTERRUPTED = 130
+
+FIRST_STEPS = """\
+ken: pictures in, answers you can defend out.
+
+Start here:
+  ken train sample                   train on the pictures inside the package (no download)
+  ken train FOLDER                   a folder with one folder of pictures per class,
+                                     or a .zip of it, or a .csv with the columns path and label
+  ken predict MODEL.ken PICTURE...   what is on these pictures
+  ken info MODEL.ken                 what a model is, how it was made, how good it is
+
+`ken --help` lists every command, `ken COMMAND --help` shows its options and an example.
+"""
+
+app = typer.Typer(
+    name="ken",
+    help="Image classification whose numbers can be trusted.",
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+LabelColumn = Annotated[
+    str | None, typer.Option(help="A manifest's column of classes, if not label or class.")
+]
+DataFolder = Annotated[
+    Path | None, typer.Option("--data-dir", help="Where standard sets are, or are put.")
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL.ken", help="A model file.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"kenspeckle {version('kenspeckle')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(FIRST_STEPS, end="")
+
+
+def main() -> None:
+    """Run the command; a KenError becomes one message and its exit code, never a traceback."""
+    try:
+        app()
+    except KenError as error:
+        _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away, as with `ken predict … | head`
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _require_file(path: Path) -> None:
+    if not path.exists():
+        raise MissingPathError(f"{path}: no such file")
+
+
+@app.command(epilog="Example:  ken train sample --out sample.ken")
+def train(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of class folders, a folder with train/ val/ test/, a .zip of either, "
+            "a .csv, .tsv or .parquet manifest, 'sample', or a standard set such as 'cifar10'."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The model file to write. [default: NAME.ken]")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe's name (`ken recipes`) or a recipe.json.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change a setting, such as lr=0.01."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training pictures.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Input size in pixels: 64, or 48x96 (height x width).")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The number all random choices come from.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0 takes all cores.")] = 0,
+    loader_threads: Annotated[
+        int, typer.Option(min=0, help="Threads that fetch pictures ahead of the training.")
+    ] = 0,
+    run_folder: Annotated[
+        Path | None, typer.Option(help="Where logs and reports go. [default: runs/NAME-TIME]")
+    ] = None,
+    cache_folder: Annotated[
+        Path | None, typer.Option("--cache-dir", help="Where decoded pictures are kept.")
+    ] = None,
+    cache_limit: Annotated[
+        float, typer.Option(min=0, help="Largest cache in GB; 0 decodes in every epoch.")
+    ] = 10.0,
+    label_column: LabelColumn = None,
+    data_folder: DataFolder = None,
+    offline: Offline = False,
+    thumbnails: Annotated[
+        bool, typer.Option(help="Keep small pictures of the worst mistakes in the report.")
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model file.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train on DATA, evaluate once on the test pictures, and write one model file."""
+    from kenspeckle.fit import Options, fit
+    from kenspeckle.pixels import Cache, default_cache_folder
+    from kenspeckle.sources import open_dataset
+
+    options = Options(
+        device=device,
+        num_threads=threads,
+        num_loader_threads=loader_threads,
+        cache=Cache(cache_folder or default_cache_folder(), int(cache_limit * 1e9)),
+        thumbnails=thumbnails,
+        overwrite=force,
+        run_folder=run_folder,
+        command="ken " + shlex.join(sys.argv[1:]),
+    )
+    changes = {"epochs": epochs, "size": size, "seed": seed}
+    assignments = [f"{name}={value}" for name, value in changes.items() if value is not None]
+    chosen = _recipe(recipe, [*(set_ or []), *assignments])
+    dataset = open_dataset(
+        data, label_column=label_column, data_dir=data_folder, offline=offline, notify=_say
+    )
+    with _stop_on_interrupt() as stop:
+        finished = _watch(fit(dataset, chosen, out, options, stop), quiet or as_json)
+    if as_json:
+        print(json.dumps(finished.to_dict(), indent=1))
+    else:
+        print(_finished_text(finished), end="")
+    if finished.interrupted:
+        sys.exit(INTERRUPTED)
+
+
+def _recipe(name: str | None, assignments: list[str]) -> "Recipe":
+    from kenspeckle.recipes import DEFAULT, named
+    from kenspeckle.settings import from_dict, with_settings
+
+    if name is None:
+        recipe = DEFAULT
+    elif name.endswith(".json"):
+        _require_file(Path(name))
+        try:
+            plain = json.loads(Path(name).read_bytes())
+        except (ValueError, OSError, RecursionError) as error:
+            raise InvalidValueError(f"{name}: not a recipe: {error}") from error
+        if not isinstance(plain, dict):
+            raise InvalidValueError(f"{name}: not a recipe: it must hold a table")
+        recipe = from_dict(plain)
+    else:
+        recipe = named(name)
+    return with_settings(recipe, assignments)
+
+
+class _stop_on_interrupt:  # noqa: N801 - used as a verb: with _stop_on_interrupt()
+    """The first Ctrl-C asks training to end with the best model so far, the second ends at once."""
+
+    def __enter__(self) -> threading.Event:
+        self._stop = threading.Event()
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self._stop
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._stop.is_set():
+            raise KeyboardInterrupt
+        self._stop.set()
+        _say("\nstopping: the best model so far is being saved (Ctrl-C again to end at once)")
+
+
+def _watch(events: Iterator["Event"], quiet: bool) -> "Finished":
+    """Draw the events of a run as they come, and return the last."""
+    from kenspeckle.fit import Finished
+
+    draw = _silent if quiet else _bars if sys.stderr.isatty() else _lines
+    last = None
+    for event in draw(events):
+        last = event
+    if not isinstance(last, Finished):
+        raise KenError("training ended without a result")  # fit's last event is Finished
+    return last
+
+
+def _silent(events: Iterator["Event"]) -> Iterator["Event"]:
+    yield from events
+
+
+def _lines(events: Iterator["Event"]) -> Iterator["Event"]:
+    """One line for each thing worth keeping, for logs and pipes."""
+    from kenspeckle.fit import EpochDone, Notice, Stage
+
+    stage = ""
+    for event in events:
+        if isinstance(event, Notice | EpochDone):
+            _say(str(event))
+        elif isinstance(event, Stage) and event.name != stage:
+            stage = event.name
+            _say(f"{stage} …")
+        yield event
+
+
+def _bars(events: Iterator["Event"]) -> Iterator["Event"]:
+    """A live bar with the time left, and the same lines as `_lines` above it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    from kenspeckle.fit import EpochDone, Notice, Stage
+
+    columns = ("[progress.description]{task.description}", "{task.completed}/{task.total}")
+    bar = Progress(
+        TextColumn(columns[0]),
+        BarColumn(),
+        TextColumn(columns[1]),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    task = bar.add_task("starting", total=None, detail="")
+    stage = ""
+    with bar:
+        for event in events:
+            if isinstance(event, Notice | EpochDone):
+                bar.console.print(Text(str(event)))
+            elif isinstance(event, Stage):
+                if event.name != stage:
+                    stage = event.name
+                    bar.reset(task, total=event.total, description=stage)
+                bar.update(task, completed=event.done, total=event.total, detail=event.detail)
+            yield event
+
+
+@app.command(epilog="Example:  ken evaluate flowers.ken new_pictures/")
+def evaluate(
+    model: ModelPath,
+    data: Annotated[str, typer.Argument(help="Labelled pictures, in any form that train takes.")],
+    split: Annotated[
+        str, typer.Option(help="Which part to use: train, validation, test or all.")
+    ] = "all",
+    label_column: LabelColumn = None,
+    data_folder: DataFolder = None,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on labelled pictures; classes are matched by name. Needs no torch."""
+    from kenspeckle.judging import judge
+    from kenspeckle.sources import open_dataset
+
+    if split not in (known := ("train", "validation", "test", "all")):
+        raise InvalidValueError(f"--split must be one of {', '.join(known)}; got '{split}'")
+    dataset = open_dataset(
+        data,
+        label_column=label_column,
+        data_dir=data_folder,
+        offline=offline,
+        notify=_say,
+        min_classes=1,
+    )
+    scores = judge(model, dataset, split)
+    if not quiet:
+        for notice in dataset.notices:
+            _say(f"note: {notice}")
+    if as_json:
+        print(json.dumps(scores.to_dict(), indent=1))
+    else:
+        print(_scores_text(scores), end="")
+
+
+@app.command(epilog="Example:  ken predict flowers.ken daisy.jpg holiday/")
+def predict(
+    model: ModelPath,
+    pictures: Annotated[
+        list[Path], typer.Argument(help="Picture files, or folders of them.", metavar="PICTURES...")
+    ],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 1,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the result as CSV.")] = False,
+    threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0 takes all cores.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Say what is on pictures: label and probability, one line each. Needs no torch."""
+    from kenspeckle.prediction import load
+    from kenspeckle.sources import find_pictures
+
+    if as_json and as_csv:
+        raise InvalidValueError("--json and --csv cannot both be asked for")
+    paths = find_pictures(pictures)
+    loaded = load(model, threads)
+    form = _json_rows if as_json else _csv_rows if as_csv else _text_rows
+    failed = 0
+    for line, error in form(loaded, paths, min(top, len(loaded.classes))):
+        if error is not None:
+            failed += 1
+            _say(f"error: {error}")
+        if line is not None:
+            print(line, end="")
+    if failed and not quiet:
+        _say(f"{failed} of {len(paths)} pictures could not be used")
+    if failed:
+        sys.exit(1)
+
+
+def _json_rows(
+    model: "Model", paths: list[Path], top: int
+) -> Iterator[tuple[str | None, KenError | None]]:
+    yield "[", None
+    for number, (path, answer) in enumerate(_answers(model, paths)):
+        entry: dict[str, Any] = {"picture": str(path)}
+        if isinstance(answer, KenError):
+            entry["error"] = str(answer)
+        else:
+            ranking = [{"label": name, "probability": p} for name, p in answer.ranking[:top]]
+            entry |= {"label": answer.label, "probability": answer.probability, "top": ranking}
+        comma = ",\n " if number else "\n "
+        yield comma + json.dumps(entry), answer if isinstance(answer, KenError) else None
+    yield "\n]\n", None
+
+
+def _csv_rows(
+    model: "Model", paths: list[Path], top: int
+) -> Iterator[tuple[str | None, KenError | None]]:
+    names = [f"{name}_{rank}" for rank in range(2, top + 1) for name in ("label", "probability")]
+    yield _csv_line(["picture", "label", "probability", *names]), None
+    for path, answer in _answers(model, paths):
+        if isinstance(answer, KenError):
+            yield None, answer
+            continue
+        cells = [cell for name, p in answer.ranking[:top] for cell in (name, f"{p:.6f}")]
+        yield _csv_line([str(path), *cells]), None
+
+
+def _csv_line(cells: Iterable[str]) -> str:
+    """Return one CSV line; a cell that a spreadsheet would run as a formula is disarmed."""
+    text = io.StringIO()
+    armed = ("=", "+", "-", "@", "\t", "\r")
+    csv.writer(text).writerow(f"'{cell}" if cell.startswith(armed) else cell for cell in cells)
+    return text.getvalue()
+
+
+def _text_rows(
+    model: "Model", paths: list[Path], top: int
+) -> Iterator[tuple[str | None, KenError | None]]:
+    from kenspeckle.names import printable
+
+    width = max((len(printable(str(path))) for path in paths), default=0)
+    for path, answer in _answers(model, paths):
+        if isinstance(answer, KenError):
+            yield None, answer
+            continue
+        ranking = "  ".join(f"{printable(name)} {p:.1%}" for name, p in answer.ranking[:top])
+        yield f"{printable(str(path)):<{width}}  {ranking}\n", None
+
+
+def _answers(model: "Model", paths: list[Path]) -> "Iterator[tuple[Path, Answer | KenError]]":
+    return zip(paths, model.predict_many(paths), strict=True)
+
+
+@app.command(epilog="Example:  ken info flowers.ken --verify")
+def info(
+    model: ModelPath,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Replay the reference pictures on this machine.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a model is, how it was made, and how good it is. Needs no torch."""
+    from kenspeckle.modelfile import read
+    from kenspeckle.prediction import verify as replay
+    from kenspeckle.results import Report
+
+    file = read(model, ("report.json",))
+    report = Report.from_dict(file.json("report.json"))
+    differences = replay(model) if verify else ()
+    if as_json:
+        plain = asdict(file.manifest) | {"report": report.to_dict()}
+        if verify:
+            plain["verification"] = [asdict(d) | {"agrees": d.agrees} for d in differences]
+        print(json.dumps(plain, indent=1))
+    else:
+        print(_info_text(file.manifest, report), end="")
+        for line in _verify_lines(differences):
+            print(line)
+    if not all(difference.agrees for difference in differences):
+        sys.exit(1)
+
+
+def _verify_lines(differences: "tuple[Difference, ...]") -> Iterator[str]:
+    if not differences:
+        return
+    for d in differences:
+        if not d.agrees:
+            yield f"DIFFERS  reference/{d.name}: a probability is off by {d.probability:.2g}"
+    agreeing = sum(d.agrees for d in differences)
+    worst = max(d.probability for d in differences)
+    yield (
+        f"verified: {agreeing} of {len(differences)} reference pictures give the stored answer "
+        f"on this machine (largest difference {worst:.1g})"
+    )
+
+
+@app.command(epilog="Example:  ken recipes")
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes and what was measured with each."""
+    from kenspeckle.recipes import DEFAULT, RECIPES
+    from kenspeckle.settings import to_dict
+
+    if as_json:
+        print(json.dumps({name: to_dict(recipe) for name, recipe in RECIPES.items()}, indent=1))
+        return
+    for name, recipe in RECIPES.items():
+        print(f"{name}{' (default)' if recipe == DEFAULT else ''}\n  {recipe.promise}")
+
+
+def _finished_text(finished: "Finished") -> str:
+    from kenspeckle.names import printable
+    from kenspeckle.reports import summary
+
+    report = finished.report
+    lines = [
+        "",
+        *map(printable, summary(report).splitlines()),
+        "",
+        f"model   {finished.model_path}  ({(report.model.file_size_bytes or 0) / 1e6:.1f} MB)",
+        f"report  {finished.report_path}",
+        f"run     {finished.run_folder}  (log, split, recipe, best weights)",
+        "",
+        "next:",
+        *(f"  {command}" for command in report.next_commands),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _scores_text(scores: "Scores") -> str:
+    """Return the measures as a table, and one line per class."""
+    from kenspeckle.names import printable
+
+    def row(name: str, interval: "Interval | None") -> str:
+        if interval is None or interval.value != interval.value:
+            return f"{name:<26}  undefined"
+        return f"{name:<26}  {interval.value:7.4f}   {interval.low:.4f} to {interval.high:.4f}"
+
+    lines = [f"{scores.num_items:,} pictures          value   95 % interval"]
+    lines += [row("accuracy", scores.accuracy)]
+    if scores.top_k:
+        lines += [row(f"top-{scores.top_k} accuracy", scores.top_k_accuracy)]
+    lines += [row("balanced accuracy", scores.balanced_accuracy)]
+    for name in ("precision", "recall", "f1"):
+        averages = getattr(scores, name)
+        lines += [
+            row(f"{name}, macro", averages.macro),
+            row(f"{name}, weighted", averages.weighted),
+        ]
+    lines += [row("log loss", scores.log_loss)]
+    majority = f"always '{printable(scores.majority_class)}'"
+    lines += [f"{'majority baseline':<26}  {scores.majority_accuracy:7.4f}   {majority}", ""]
+    width = max(len(printable(name)) for name in ("class", *scores.classes))
+    lines += [f"{'class':<{width}}  pictures  precision  recall      f1"]
+    for c in scores.per_class:
+        values = "  ".join(f"{v.value:8.4f}" for v in (c.precision, c.recall, c.f1))
+        lines += [f"{printable(c.name):<{width}}  {c.num_items:8,}   {values}"]
+    return "\n".join(lines).replace("nan", "  -") + "\n"
+
+
+def _info_text(manifest: "Manifest", report: "Report") -> str:
+    from kenspeckle.names import printable
+    from kenspeckle.reports import summary
+
+    height, width = manifest.geometry.size
+    shown = ", ".join(printable(name) for name in manifest.classes[:12])
+    more = f", and {len(manifest.classes) - 12} more" if len(manifest.classes) > 12 else ""
+    made = manifest.provenance
+    rows = {
+        "classes": f"{len(manifest.classes)}: {shown}{more}",
+        "input": f"{height}x{width} pixels, {manifest.geometry.fit}, "
+        f"{manifest.geometry.interpolation}, on {manifest.geometry.background}",
+        "network": f"{manifest.backbone.get('family')}, "
+        f"{manifest.backbone.get('num_parameters'):,} parameters",
+        "temperature": f"{manifest.temperature:.3f}",
+        "unknown": "never answered" if manifest.rejection is None else str(manifest.rejection),
+        "recipe": f"{manifest.recipe.get('name')} ({made.get('recipe_hash')})",
+        "data": f"{made.get('data')} {made.get('num_pictures')}",
+        "fingerprint": made.get("data_fingerprint"),
+        "weights": made.get("weights_sha256"),
+        "made": f"{made.get('created')}, {made.get('machine')}, seed {made.get('seed')}",
+        "versions": made.get("versions"),
+        "command": report.command,
+        "licence": manifest.licence or "not stated",
+    }
+    table = "".join(f"{name:<12}  {printable(str(value))}\n" for name, value in rows.items())
+    return f"{table}\n{summary(report)}\n"

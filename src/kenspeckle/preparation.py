@@ -1,0 +1,175 @@
+"""From a data set and a recipe to pictures, labels, splits and a network to start from."""
+
+import hashlib
+import json
+import statistics
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kenspeckle.config import Recipe
+from kenspeckle.core import DataError, Geometry, Normalisation, Pixels
+from kenspeckle.images import Limits, decode, from_array
+from kenspeckle.layers import Classifier, normalise, whiten_
+from kenspeckle.learning import Stage, Task
+from kenspeckle.models import build
+from kenspeckle.pixels import Cache, PixelStore, open_pixels
+from kenspeckle.sources import Dataset
+from kenspeckle.splits import assign
+
+__all__ = ["Prepared", "network_for", "original", "prepare_data"]
+
+LARGEST_DERIVED_SIDE = 64
+NUM_MEASURED = 5_000  # pictures whose mean and deviation stand for the training set's
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Data ready to learn from.
+
+    Attributes:
+        dataset: where the pictures are.
+        task: pixels, labels, and what to train and validate on.
+        parts: ``train``, ``validation`` or ``test`` for every picture.
+        geometry: what the pictures became.
+        fingerprint: SHA-256 of every picture with its name, class and split.
+        notices: what the user should know, a sentence each.
+    """
+
+    dataset: Dataset
+    task: Task
+    parts: NDArray[np.str_]
+    geometry: Geometry
+    fingerprint: str
+    notices: tuple[str, ...]
+
+    def part(self, name: str) -> NDArray[np.int64]:
+        """Return the indices of one part."""
+        return np.flatnonzero(self.parts == name)
+
+
+def prepare_data(
+    dataset: Dataset, recipe: Recipe, limits: Limits, cache: Cache
+) -> Generator[Stage, None, Prepared]:
+    """Decode every picture (or find it in the cache), split, and measure.
+
+    Equal pictures are never on two sides of a split.
+
+    Yields:
+        Progress.
+
+    Raises:
+        DataError: pictures cannot be decoded, have no label, or are too few.
+        WriteError: the cache could not be written.
+    """
+    if any(item.label is None for item in dataset.items):
+        raise DataError(f"{dataset.location}: pictures without a label cannot be learnt from")
+    geometry = recipe.pixels.geometry(_derived_size(dataset, limits))
+    reading = open_pixels(dataset, geometry, limits, cache)
+    store: PixelStore
+    while True:
+        try:
+            done, total = next(reading)
+        except StopIteration as end:
+            store = end.value
+            break
+        yield Stage("reading pictures", done, total)
+    groups = np.unique(store.digests, axis=0, return_inverse=True)[1].reshape(-1)
+    split, split_notices = assign(
+        dataset, recipe.split.validation, recipe.split.test, seed=recipe.seed, together=groups
+    )
+    parts = np.array(split)
+    labels = np.array([item.label for item in dataset.items], np.int64)
+    train_items, validation = (np.flatnonzero(parts == p) for p in ("train", "validation"))
+    if not len(train_items) or not len(validation):
+        raise DataError(
+            f"{dataset.location}: {len(dataset.items)} pictures are too few to train and validate"
+        )
+    task = Task(
+        store=store,
+        labels=labels,
+        train=train_items,
+        validation=validation,
+        num_classes=len(dataset.classes),
+        normalisation=recipe.pixels.normalisation(_measured(store, train_items)),
+    )
+    fingerprint = _fingerprint(dataset, store, parts)
+    notices = (*dataset.notices, *split_notices)
+    return Prepared(dataset, task, parts, geometry, fingerprint, notices)
+
+
+def _derived_size(dataset: Dataset, limits: Limits) -> tuple[int, int]:
+    """Return a square of the median shorter side of some pictures, a multiple of 4, at most 64."""
+    sides = []
+    for index in np.linspace(0, len(dataset.items) - 1, 32).astype(int):
+        try:
+            picture = original(dataset, int(index), limits, LARGEST_DERIVED_SIDE)
+        except DataError:
+            continue  # named, with all others, when every picture is decoded
+        sides.append(min(picture.shape[:2]))
+    side = int(statistics.median(sides)) if sides else LARGEST_DERIVED_SIDE
+    side = min(max(8, side // 4 * 4), LARGEST_DERIVED_SIDE)
+    return side, side
+
+
+def original(dataset: Dataset, index: int, limits: Limits, side: int) -> Pixels:
+    """Return a picture in its own shape, ``uint8 (H, W, 3)``, with sides of `side` pixels or more.
+
+    A small picture keeps its size; a camera's is decoded at a scale that is cheap.
+
+    Raises:
+        ImageError: it cannot be decoded.
+        DataError: its file cannot be read.
+    """
+    source, name = dataset.reader.read(index), dataset.items[index].name
+    if isinstance(source, bytes):
+        return decode(source, name, target=(side, side), limits=limits)
+    return from_array(source, name)
+
+
+def _measured(store: PixelStore, items: NDArray[np.int64]) -> Normalisation:
+    """Return mean and deviation per channel over evenly spaced training pictures."""
+    chosen = items[np.linspace(0, len(items) - 1, min(len(items), NUM_MEASURED)).astype(int)]
+    sums, squares, count = np.zeros(3), np.zeros(3), 0
+    for start in range(0, len(chosen), 500):
+        levels = store.gather(chosen[start : start + 500]).reshape(-1, 3).astype(np.float64) / 255
+        sums += levels.sum(axis=0)
+        squares += (levels**2).sum(axis=0)
+        count += len(levels)
+    mean = sums / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 1e-6))
+    red, green, blue = (round(float(m), 4) for m in mean)
+    spread = tuple(max(round(float(d), 4), 0.001) for d in deviation)
+    return Normalisation((red, green, blue), (spread[0], spread[1], spread[2]))
+
+
+def _fingerprint(dataset: Dataset, store: PixelStore, parts: NDArray[np.str_]) -> str:
+    """Return a hash of every picture with its name, class and split, in the order of names."""
+    rows = sorted(
+        (
+            item.name,
+            dataset.classes[item.label or 0],
+            str(parts[i]),
+            store.digests[i].tobytes().hex(),
+        )
+        for i, item in enumerate(dataset.items)
+    )
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def network_for(prepared: Prepared, recipe: Recipe) -> Classifier:
+    """Return the recipe's network, with weights drawn from its seed, on the CPU.
+
+    Raises:
+        InvalidValueError: its settings leave no map for pictures of this size.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
+    task = prepared.task
+    network = build(recipe.model, task.num_classes, prepared.geometry.size, generator)
+    some = task.train[np.linspace(0, len(task.train) - 1, min(len(task.train), 5_000)).astype(int)]
+    images = torch.from_numpy(task.store.gather(some))
+    whiten_(network, normalise(images, task.normalisation.mean, task.normalisation.deviation))
+    return network

@@ -1,0 +1,28 @@
+"""A small network with batch normalisation for a laptop: the default when no recipe is named.
+
+Command: ken train DATA --recipe small-cnn
+"""
+
+from kenspeckle.config import (
+    AugmentationConfig,
+    CnnConfig,
+    LossConfig,
+    OptimizerConfig,
+    Recipe,
+    ScheduleConfig,
+    TrainingConfig,
+)
+
+__all__ = ["RECIPE"]
+
+RECIPE = Recipe(
+    name="small-cnn",
+    promise="not measured yet",
+    model=CnnConfig(channels=(32, 64, 128), hidden=(), batch_norm=True),
+    # No mirroring: a mirrored letter, digit or traffic sign is another class, or none.
+    augmentation=AugmentationConfig(shift=2, zoom=0.1),
+    loss=LossConfig(name="cross-entropy", label_smoothing=0.1),
+    optimizer=OptimizerConfig(name="adamw", lr=3e-3, weight_decay=0.05),
+    schedule=ScheduleConfig(name="cosine", warmup=0.1),
+    training=TrainingConfig(epochs=10, batch_size=128),
+)

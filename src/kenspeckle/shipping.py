@@ -1,0 +1,219 @@
+"""From a trained network to the model file and its report: what is measured is what is shipped."""
+
+import datetime as dt
+import hashlib
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kenspeckle.calibration import fit_temperature
+from kenspeckle.config import Recipe
+from kenspeckle.evaluation import evaluate, worst_mistakes
+from kenspeckle.export import Deployed, check_parity, reference_members, to_onnx, to_safetensors
+from kenspeckle.images import Limits, thumbnail
+from kenspeckle.layers import Classifier
+from kenspeckle.learning import Learned
+from kenspeckle.modelfile import Manifest, ModelFile, write
+from kenspeckle.pixels import batches
+from kenspeckle.prediction import Model
+from kenspeckle.preparation import Prepared, original
+from kenspeckle.results import (
+    ClassCounts,
+    DataSummary,
+    Mistake,
+    ModelSummary,
+    Report,
+    Scores,
+    TrainingSummary,
+)
+from kenspeckle.settings import recipe_hash, to_dict
+
+__all__ = ["Origin", "ship"]
+
+THUMBNAIL_SIDE = 96
+NUM_MISTAKES = 24
+NUM_PARITY = 256  # validation pictures on which graph and network must agree
+NUM_TIMED = 15
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of a run besides its result.
+
+    Attributes:
+        recipe: every setting.
+        command: what the user typed.
+        started: `time.perf_counter` at the start of the run, in seconds.
+        num_threads: compute threads of ONNX Runtime; 0 takes all cores.
+        thumbnails: keep small pictures of the worst mistakes in the report.
+        limits: what pictures are refused.
+    """
+
+    recipe: Recipe
+    command: str
+    started: float
+    num_threads: int
+    thumbnails: bool
+    limits: Limits
+
+
+def ship(
+    network: Classifier, prepared: Prepared, learned: Learned, origin: Origin, path: Path
+) -> Report:
+    """Calibrate, export, compare, evaluate what is shipped, and write the model file.
+
+    Args:
+        network: holds the weights to ship; it is moved to the CPU.
+        prepared: the data it learnt from.
+        learned: how training went.
+        origin: how the run was started.
+        path: of the model file.
+
+    Raises:
+        ModelFileError: the exported graph does not answer as the network does.
+        WriteError: the model file could not be written.
+    """
+    task = prepared.task
+    temperature = fit_temperature(learned.validation_logits, task.labels[task.validation])
+    deployed = Deployed(network.cpu(), task.normalisation, temperature)
+    weights = to_safetensors(network.state_dict())
+    manifest = Manifest(
+        classes=prepared.dataset.classes,
+        geometry=prepared.geometry,
+        normalisation=task.normalisation,
+        temperature=temperature,
+        rejection=None,
+        backbone={
+            "family": origin.recipe.model.family,
+            "num_parameters": sum(p.numel() for p in network.parameters()),
+        },
+        recipe=to_dict(origin.recipe),
+        provenance=_provenance(prepared, origin, weights),
+    )
+    graph = to_onnx(deployed, prepared.geometry)
+    model = Model(ModelFile(path, manifest, {"model.onnx": graph}), origin.num_threads)
+    check_parity(deployed, model, task.store.gather(task.validation[:NUM_PARITY]))
+    report = _report(model, prepared, learned, origin, path)
+    members = {
+        "model.onnx": graph,
+        "weights.safetensors": weights,
+        "report.json": json.dumps(report.to_dict(), allow_nan=False).encode(),
+        **report.pictures(),
+        **reference_members(model),
+    }
+    write(path, manifest, members)
+    return replace(report, model=replace(report.model, file_size_bytes=path.stat().st_size))
+
+
+def _report(
+    model: Model, prepared: Prepared, learned: Learned, origin: Origin, path: Path
+) -> Report:
+    validation, mistakes = _judge(model, prepared, "validation", origin)
+    test = None
+    if len(prepared.part("test")):
+        test, mistakes = _judge(model, prepared, "test", origin)
+    return Report(
+        title=path.name,
+        created=f"{dt.datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}",
+        data=_data_summary(prepared),
+        model=ModelSummary(
+            family=origin.recipe.model.family,
+            num_parameters=int(model.manifest.backbone["num_parameters"]),
+            input_size=prepared.geometry.size,
+            temperature=model.manifest.temperature,
+            milliseconds_per_picture=_milliseconds(model, prepared),
+        ),
+        training=TrainingSummary(
+            seconds=time.perf_counter() - origin.started,
+            history=learned.history,
+            best_epoch=learned.best_epoch,
+            stopped_because=learned.stopped_because,
+        ),
+        validation=validation,
+        test=test,
+        mistakes=mistakes,
+        recipe=to_dict(origin.recipe),
+        provenance=dict(model.manifest.provenance),
+        command=origin.command,
+        next_commands=(
+            f"ken predict {path} PICTURE",
+            f"ken info {path} --verify",
+            f"ken evaluate {path} NEW_PICTURES",
+        ),
+    )
+
+
+def _judge(
+    model: Model, prepared: Prepared, part: str, origin: Origin
+) -> tuple[Scores, tuple[Mistake, ...]]:
+    """Return what the shipped graph is worth on one part, and its worst mistakes there."""
+    items = prepared.part(part)
+    found = [model.run(b.images).probabilities for b in batches(prepared.task.store, items, 256)]
+    probabilities = np.concatenate(found)
+    labels = prepared.task.labels[items]
+    scores = evaluate(probabilities, labels, model.classes, seed=origin.recipe.seed)
+    names = tuple(prepared.dataset.items[i].name for i in items)
+    mistakes = worst_mistakes(probabilities, labels, names, NUM_MISTAKES)
+    if not origin.thumbnails:
+        return scores, mistakes
+    return scores, tuple(
+        replace(mistake, picture=_thumbnail(prepared, int(items[mistake.index]), origin.limits))
+        for mistake in mistakes
+    )
+
+
+def _thumbnail(prepared: Prepared, index: int, limits: Limits) -> bytes:
+    return thumbnail(original(prepared.dataset, index, limits, THUMBNAIL_SIDE), THUMBNAIL_SIDE)
+
+
+def _data_summary(prepared: Prepared) -> DataSummary:
+    labels, dataset = prepared.task.labels, prepared.dataset
+
+    def counts(part: str) -> NDArray[np.int64]:
+        return np.bincount(labels[prepared.part(part)], minlength=len(dataset.classes))
+
+    rows = zip(dataset.classes, counts("train"), counts("validation"), counts("test"), strict=True)
+    return DataSummary(
+        name=dataset.name,
+        location=dataset.location,
+        classes=tuple(ClassCounts(name, int(a), int(b), int(c)) for name, a, b, c in rows),
+        notices=prepared.notices,
+    )
+
+
+def _milliseconds(model: Model, prepared: Prepared) -> float:
+    """Return the shortest of some answers for one prepared picture, in milliseconds."""
+    picture = prepared.task.store.gather(prepared.task.validation[:1])
+    model.run(picture)
+    times = []
+    for _ in range(NUM_TIMED):
+        start = time.perf_counter()
+        model.run(picture)
+        times.append(time.perf_counter() - start)
+    return 1000 * min(times)
+
+
+def _provenance(prepared: Prepared, origin: Origin, weights: bytes) -> dict[str, Any]:
+    packages = ("kenspeckle", "torch", "numpy", "pillow", "onnxruntime")
+    return {
+        "created": f"{dt.datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}",
+        "data": prepared.dataset.name,
+        "data_fingerprint": prepared.fingerprint,
+        "num_pictures": {p: len(prepared.part(p)) for p in ("train", "validation", "test")},
+        "recipe_hash": recipe_hash(origin.recipe),
+        "seed": origin.recipe.seed,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "num_threads": torch.get_num_threads(),
+        "seconds": round(time.perf_counter() - origin.started, 1),
+    }

@@ -1,0 +1,220 @@
+"""The model file is exactly what the format says, and anything else is refused in one line."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+
+from kenspeckle import modelfile
+from kenspeckle.core import (
+    Geometry,
+    InvalidValueError,
+    MissingPathError,
+    ModelFileError,
+    Normalisation,
+    WriteError,
+)
+from kenspeckle.modelfile import Manifest, read, write
+from kenspeckle.prediction import load, verify
+
+
+def sealed(members: dict[str, bytes], compression=zipfile.ZIP_STORED) -> bytes:
+    """Return an archive with a right comment, whatever its members."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(zipfile.ZipInfo(name), data, compress_type=compression)
+        archive.comment = modelfile.COMMENT + b"0" * 64
+    body = file.getvalue()[: -modelfile.COMMENT_BYTES]
+    return body + modelfile.COMMENT + hashlib.sha256(body).hexdigest().encode()
+
+
+def opened(path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def with_manifest(path, **changes) -> bytes:
+    members = opened(path)
+    manifest = json.loads(members["manifest.json"]) | changes
+    return sealed(members | {"manifest.json": json.dumps(manifest).encode()})
+
+
+def test_members_and_manifest_are_those_of_the_format(model_path):
+    members = opened(model_path)
+    names = set(members)
+    assert {"manifest.json", "model.onnx", "weights.safetensors", "report.json"} <= names
+    assert len([n for n in names if n.startswith("reference/")]) >= 17  # 16 and what is expected
+    manifest = json.loads(members["manifest.json"])
+    assert manifest["format_version"] == 1
+    assert manifest["classes"] == ["blue", "green", "red"]
+    assert manifest["geometry"]["size"] == [16, 16]
+    for name, digest in manifest["members"].items():
+        assert hashlib.sha256(members[name]).hexdigest() == digest
+    with zipfile.ZipFile(model_path) as archive:
+        assert all(i.compress_type == zipfile.ZIP_STORED for i in archive.infolist())
+
+
+def test_every_flipped_bit_is_refused(model_path, tmp_path):
+    data = bytearray(model_path.read_bytes())
+    chance = np.random.default_rng(0)
+    places = {0, 3, 30, len(data) - 1, len(data) - 70, len(data) - 90}
+    places |= {int(p) for p in chance.integers(len(data), size=60)}
+    copy = tmp_path / "flipped.ken"
+    for place in places:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << int(chance.integers(8))
+        copy.write_bytes(flipped)
+        with pytest.raises(ModelFileError, match=r"flipped\.ken: "):
+            read(copy)
+
+
+def test_every_cut_is_refused(model_path, tmp_path):
+    data = model_path.read_bytes()
+    copy = tmp_path / "cut.ken"
+    for length in [0, 1, 4, 100, len(data) // 2, len(data) - 65, len(data) - 1]:
+        copy.write_bytes(data[:length])
+        with pytest.raises(
+            ModelFileError, match=r"cut\.ken: .*(cut short|not a model file|damaged)"
+        ):
+            read(copy)
+
+
+def test_a_later_format_says_what_to_do(model_path, tmp_path):
+    copy = tmp_path / "later.ken"
+    copy.write_bytes(with_manifest(model_path, format_version=2))
+    with pytest.raises(ModelFileError, match=r"later release.*pip install --upgrade"):
+        read(copy)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classes": ["one"]},
+        {"classes": ["a", "a", "b"]},
+        {"classes": [1, 2, 3]},
+        {"temperature": 0},
+        {"temperature": "1"},
+        {"temperature": None},
+        {"normalisation": {"mean": [0, 0, 0], "deviation": [1.0, 1.0, 0.0]}},
+        {"geometry": {"size": [10**6, 16], "fit": "squash"}},
+        {"format_version": "1"},
+        {"format_version": 0},
+        {"recipe": 3},
+        {"members": {}},
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(model_path, tmp_path, changes):
+    copy = tmp_path / "odd.ken"
+    copy.write_bytes(with_manifest(model_path, **changes))
+    with pytest.raises(ModelFileError, match=r"odd\.ken: "):
+        load(copy)
+
+
+def test_classes_that_do_not_fit_the_graph_are_refused(model_path, tmp_path):
+    copy = tmp_path / "odd.ken"
+    copy.write_bytes(with_manifest(model_path, classes=["a", "b"]))
+    with pytest.raises(ModelFileError, match="does not fit its manifest"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "/etc/passwd", "model.pkl", "weights.pt", "reference/../x.png"]
+)
+def test_unexpected_members_are_refused(model_path, tmp_path, name):
+    copy = tmp_path / "odd.ken"
+    copy.write_bytes(sealed(opened(model_path) | {name: b"x"}))
+    with pytest.raises(ModelFileError, match="unexpected member"):
+        read(copy)
+    with pytest.raises(InvalidValueError, match="no member named"):
+        write(tmp_path / "x.ken", a_manifest(), {name: b"x"})
+
+
+def test_compressed_members_are_refused(model_path, tmp_path):
+    copy = tmp_path / "odd.ken"
+    copy.write_bytes(sealed(opened(model_path), zipfile.ZIP_DEFLATED))
+    with pytest.raises(ModelFileError, match="unexpected member"):
+        read(copy)
+
+
+def test_a_member_that_was_exchanged_is_refused(model_path, tmp_path):
+    copy = tmp_path / "odd.ken"
+    copy.write_bytes(sealed(opened(model_path) | {"model.onnx": b"other"}))
+    with pytest.raises(ModelFileError, match=r"model\.onnx is not the one that was saved"):
+        read(copy)
+
+
+def test_other_files_are_refused(tmp_path):
+    text = tmp_path / "text.ken"
+    text.write_text("hello")
+    with pytest.raises(ModelFileError, match="not a model file"):
+        read(text)
+    with pytest.raises(MissingPathError, match="no such model file"):
+        read(tmp_path / "missing.ken")
+    with pytest.raises(ModelFileError, match="cannot be read"):
+        read(tmp_path)
+
+
+def a_manifest() -> Manifest:
+    return Manifest(
+        classes=("a", "b"),
+        geometry=Geometry((8, 8)),
+        normalisation=Normalisation(),
+        temperature=1.0,
+        rejection=None,
+        backbone={},
+        recipe={},
+        provenance={},
+    )
+
+
+def test_write_and_read_give_the_same_manifest(tmp_path):
+    path = tmp_path / "a.ken"
+    names = ("snow\nman", "☃ \U0001f600", "=cmd()", "<b>", "\u202eevil")
+    manifest = dataclasses.replace(a_manifest(), classes=names)
+    write(path, manifest, {"model.onnx": b"x", "reference/expected.json": b"{}"})
+    found = read(path, ()).manifest
+    assert found.classes == names
+    assert dataclasses.replace(found, members={}) == manifest
+    first = path.read_bytes()
+    write(path, manifest, {"model.onnx": b"x", "reference/expected.json": b"{}"})
+    assert path.read_bytes() == first  # no time stamps: equal content is an equal file
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.ken"
+    path.write_bytes(b"old")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(WriteError, match=r"No space left on device.*MB free"):
+        write(path, a_manifest(), {"model.onnx": b"x"})
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_verify_replays_the_reference_pictures(model_path):
+    differences = verify(model_path)
+    assert len(differences) >= 16
+    assert all(difference.agrees for difference in differences)
+
+
+def test_verify_sees_a_changed_answer(model_path, tmp_path):
+    members = opened(model_path)
+    expected = json.loads(members["reference/expected.json"])
+    name = min(expected)
+    expected[name] = list(np.roll(expected[name], 1))
+    members["reference/expected.json"] = json.dumps(expected).encode()
+    manifest = json.loads(members["manifest.json"])
+    digest = hashlib.sha256(members["reference/expected.json"]).hexdigest()
+    manifest["members"]["reference/expected.json"] = digest
+    members["manifest.json"] = json.dumps(manifest).encode()
+    copy = tmp_path / "changed.ken"
+    copy.write_bytes(sealed(members))
+    assert [d.name for d in verify(copy) if not d.agrees] == [name]
