@@ -122,6 +122,7 @@ def test_a_recipe_that_is_none_is_refused(plain):
     [
         lambda: CnnConfig(channels=()),
         lambda: CnnConfig(hidden=(), dropout=0.5),
+        lambda: CnnConfig(pooling="none", pool_size=3),
         lambda: OptimizerConfig(name="adam", momentum=0.9),
         lambda: OptimizerConfig(name="momentum", momentum=1.0),
         lambda: LossConfig(name="mse", label_smoothing=0.1),

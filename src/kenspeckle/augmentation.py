@@ -3,8 +3,8 @@
 Every choice is a pure function of (seed, epoch, item): neither the order of the pictures, nor the
 batch that they are in, nor the number of loader threads can change it.
 
-Moving pixels is one table of source rows and one of source columns for each picture, so that
-mirroring, shifting and zooming together cost a single pass.
+Mirroring and shifting are one copy of whole rows out of the reflected picture; zooming makes it a
+table of source rows and one of source columns for each picture, in a single pass.
 """
 
 import enum
@@ -27,6 +27,7 @@ __all__ = [
     "resample",
     "take",
     "uniforms",
+    "window",
 ]
 
 
@@ -93,17 +94,16 @@ def _move(
 ) -> UInt8[Tensor, "n h w 3"]:
     N, H, W, _ = images.shape
     rows = torch.arange(H, device=images.device).expand(N, H)
-    columns = torch.arange(W, device=images.device).expand(N, W)
-    if config.flip:
-        mirror = mirrored(chances[Stream.FLIP], epoch)[:, None]
-        columns = torch.where(mirror, W - 1 - columns, columns)
-    if config.shift:
-        steps = chances[Stream.SHIFT_ROWS : Stream.SHIFT_COLUMNS + 1] * (2 * config.shift + 1)
-        down, right = (steps.long() - config.shift)[:, :, None]
-        rows = reflect(rows - down, H)
-        columns = reflect(columns - right, W)
+    steps = chances[Stream.SHIFT_ROWS : Stream.SHIFT_COLUMNS + 1] * (2 * config.shift + 1)
+    down, right = steps.long() - config.shift
+    rows = reflect(rows - down[:, None], H)
+    starts = -right
+    if config.flip:  # the reflected picture runs backwards from its last column on
+        mirror = mirrored(chances[Stream.FLIP], epoch)
+        starts = torch.where(mirror, W - 1 + right, starts)
     if not config.zoom:
-        return take(images, rows, columns)
+        return window(images, rows, starts)
+    columns = reflect(starts[:, None] + torch.arange(W, device=images.device), W)
     left_out = config.zoom * chances[Stream.ZOOM]
     return resample(
         images,
@@ -189,6 +189,30 @@ def reflect(positions: Int64[Tensor, "n size"], length: int) -> Int64[Tensor, "n
     return last - (positions.remainder(2 * last) - last).abs()
 
 
+def window(
+    images: UInt8[Tensor, "n h w 3"],
+    rows: Int64[Tensor, "n y"],
+    starts: Int64[Tensor, " n"],
+) -> UInt8[Tensor, "n y w 3"]:
+    """Return each picture's rows from a column on, `w` wide, in the picture reflected without end.
+
+    Args:
+        images: RGB, 0 to 255.
+        rows: source rows, 0 to h - 1.
+        starts: first column; outside the picture lie its reflections, so that from ``w - 1`` on
+            a row runs backwards.
+    """
+    N, H, W, _ = images.shape
+    period = max(1, 2 * (W - 1))
+    endless = torch.cat([images, images.flip(2)[:, :, 1 : W - 1], images], 2)
+    lines = torch.arange(N, device=images.device)[:, None] * H + rows
+    firsts = lines * endless.shape[2] + starts.remainder(period)[:, None]
+    # Every run of W pixels in memory is a row of this view: selecting copies whole runs, which is
+    # ten times as fast as pixel by pixel.
+    runs = endless.reshape(-1).as_strided((endless.numel() // 3 - W + 1, 3 * W), (3, 1))
+    return runs.index_select(0, firsts.flatten()).view(N, rows.shape[1], W, 3)
+
+
 def take(
     images: Shaped[Tensor, "n h w 3"],
     rows: Int64[Tensor, "n y"],
@@ -207,7 +231,7 @@ def take(
     kind = torch.int32 if N * H * W < 2**31 else torch.int64
     starts = ((tops + rows) * W).to(kind)
     crossings = starts[:, :, None] + columns.to(kind)[:, None, :]
-    pixels = images.reshape(-1, 3).index_select(0, crossings.view(-1))
+    pixels = images.reshape(-1, 3).index_select(0, crossings.flatten())
     return pixels.view(*crossings.shape, 3)
 
 
@@ -228,10 +252,12 @@ def resample(
     left, right, across = _neighbours(columns, W)
     all_columns = torch.arange(W, device=images.device).expand(N, W)
     all_rows = torch.arange(rows.shape[1], device=images.device).expand_as(rows)
-    upper, lower = (take(images, row, all_columns).float() for row in (above, below))
-    lines = torch.lerp(upper, lower, down[:, :, None, None])
-    west, east = (take(lines, all_rows, column) for column in (left, right))
-    return torch.lerp(west, east, across[:, None, :, None]).round().to(torch.uint8)
+    # Rows are blended as vectors of 3 * w levels: many times as fast as vectors of 3.
+    upper, lower = (take(images, row, all_columns).flatten(2).float() for row in (above, below))
+    lines = torch.lerp(upper, lower, down[:, :, None]).view(N, -1, W, 3)
+    west, east = (take(lines, all_rows, column).flatten(2) for column in (left, right))
+    levels = torch.lerp(west, east, across.repeat_interleave(3, 1)[:, None, :])
+    return levels.round_().to(torch.uint8).view(N, rows.shape[1], columns.shape[1], 3)
 
 
 def _neighbours(
@@ -292,8 +318,9 @@ def cutout(
     """
     _, H, W, _ = images.shape
     mean = images.flatten(1, 2).float().mean(1).round().to(torch.uint8)
-    hole = _within(rows, side, H)[:, :, None, None] & _within(columns, side, W)[:, None, :, None]
-    return torch.where(hole, mean[:, None, None, :], images)
+    across = _within(columns, side, W).repeat_interleave(3, 1)  # rows of 3 * w levels are fastest
+    hole = _within(rows, side, H)[:, :, None] & across[:, None, :]
+    return torch.where(hole, mean.repeat(1, W)[:, None, :], images.flatten(2)).view(images.shape)
 
 
 def _within(centres: Int64[Tensor, " n"], side: int, length: int) -> Bool[Tensor, "n length"]:

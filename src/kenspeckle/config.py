@@ -82,6 +82,8 @@ class CnnConfig:
         _at_least(1, pool_size=self.pool_size, hidden=self.hidden)
         _at_least(0, padding=self.padding)
         _fraction(dropout=self.dropout)
+        if self.pooling == "none" and self.pool_size != CnnConfig.pool_size:
+            raise InvalidValueError("pool_size has no effect with pooling 'none'")
         require(
             not (self.dropout and not self.hidden),
             "dropout",
@@ -189,10 +191,10 @@ class AugmentationConfig:
     """Random changes of the training pictures; every amount is zero (off) by default.
 
     Attributes:
-        flip: whether half of the pictures are mirrored left to right.
+        flip: whether each picture is mirrored left to right in every second epoch.
         shift: largest translation in pixels, both ways; the border is reflected.
         zoom: largest share of a side that a random crop leaves out, 0 to below 1.
-        cutout: side in pixels of a square that is set to the mean colour.
+        cutout: side in pixels of a square that is set to the picture's own mean colour.
         brightness: largest relative change of all grey levels.
         contrast: largest relative change of the distance from the mean grey level.
         saturation: largest relative change of the distance from grey.
@@ -262,8 +264,9 @@ class OptimizerConfig:
     Attributes:
         name: ``gd`` (the whole training set per step), ``sgd``, ``momentum``, ``nesterov``,
             ``rmsprop``, ``adam``, ``adamw`` or ``muon``.
-        lr: learning rate at its highest.
-        weight_decay: pull towards zero; norms and biases are left alone.
+        lr: learning rate at its highest; Muon wants about 0.1.
+        weight_decay: pull towards zero; norms and biases are left alone, and under Muon all but
+            the last layer.
         momentum: share of the last step that is kept; the optimizer's own default when None.
         alpha: smoothing of RMSprop's squared gradients, 0.99 when None.
         betas: smoothing of Adam's gradients and squared gradients, (0.9, 0.999) when None.

@@ -71,9 +71,9 @@ def normalise(
         deviation: per channel, on the scale 0 to 1, above zero.
 
     Example:
-        >>> inputs = normalise(torch.zeros(1, 4, 6, 3, dtype=torch.uint8), (0, 0, 0), (1, 1, 1))
-        >>> inputs.shape, inputs.is_contiguous(memory_format=torch.channels_last)
-        (torch.Size([1, 3, 4, 6]), True)
+        >>> black = torch.zeros(1, 4, 6, 3, dtype=torch.uint8)
+        >>> normalise(black, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)).shape
+        torch.Size([1, 3, 4, 6])
     """
     _, H, W, _ = images.shape
     factor = torch.tensor([1 / (255 * d) for d in deviation], device=images.device)
@@ -144,7 +144,7 @@ class DiracConv2d(nn.Conv2d):
     """A convolution without bias, size preserving, that starts by passing its input through.
 
     The first filters hold a one in the middle of "their" input channel; any further filters are
-    drawn at random. Source: airbench, section 3.1, arXiv 2404.00498; Zagoruyko and Komodakis
+    drawn at random. Source: airbench, section 3.3, arXiv 2404.00498; Zagoruyko and Komodakis
     2017, arXiv 1706.00388.
 
     Args:

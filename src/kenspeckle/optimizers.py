@@ -102,7 +102,7 @@ def _muon(config: OptimizerConfig, parameters: Parameters) -> Optimizer:
     # Parameters come in the order of the layers: the last matrix is the layer that classifies.
     *hidden, last = (p for p in parameters if p.ndim > 1)
     rest = [last, *(p for p in parameters if p.ndim <= 1)]
-    momentum = 0.95 if config.momentum is None else config.momentum
+    momentum = 0.6 if config.momentum is None else config.momentum
     return Muon(hidden, rest, lr=config.lr, momentum=momentum, weight_decay=config.weight_decay)
 
 
@@ -164,7 +164,7 @@ class Muon(Optimizer):
         rest: Parameters,
         *,
         lr: float,
-        momentum: float = 0.6,
+        momentum: float,
         weight_decay: float = 0.0,
     ) -> None:
         groups: list[dict[str, Any]] = [{"params": list(hidden), "momentum": momentum}]
