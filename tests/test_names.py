@@ -2,7 +2,7 @@ import unicodedata
 
 import pytest
 
-from kenspeckle.core import DataError
+from kenspeckle.core import DataError, printable
 from kenspeckle.names import (
     PICTURE_SUFFIXES,
     Place,
@@ -12,7 +12,6 @@ from kenspeckle.names import (
     is_hidden,
     is_picture,
     listed,
-    printable,
     settle_classes,
 )
 

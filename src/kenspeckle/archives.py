@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from kenspeckle.core import DataError
-from kenspeckle.names import printable
+from kenspeckle.core import DataError, printable
 
 __all__ = ["MAX_ENTRIES", "MAX_RATIO", "MAX_TOTAL_BYTES", "Archive", "Member"]
 

@@ -406,7 +406,7 @@ def _csv_line(cells: Iterable[str]) -> str:
 def _text_rows(
     model: "Model", paths: list[Path], top: int
 ) -> Iterator[tuple[str | None, KenError | None]]:
-    from kenspeckle.names import printable
+    from kenspeckle.core import printable
 
     width = max((len(printable(str(path))) for path in paths), default=0)
     for path, answer in _answers(model, paths):
@@ -478,7 +478,7 @@ def recipes(as_json: AsJson = False) -> None:
 
 
 def _finished_text(finished: "Finished") -> str:
-    from kenspeckle.names import printable
+    from kenspeckle.core import printable
     from kenspeckle.reports import summary
 
     report = finished.report
@@ -498,7 +498,7 @@ def _finished_text(finished: "Finished") -> str:
 
 def _scores_text(scores: "Scores") -> str:
     """Return the measures as a table, and one line per class."""
-    from kenspeckle.names import printable
+    from kenspeckle.core import printable
 
     def row(name: str, interval: "Interval | None") -> str:
         if interval is None or interval.value != interval.value:
@@ -528,7 +528,7 @@ def _scores_text(scores: "Scores") -> str:
 
 
 def _info_text(manifest: "Manifest", report: "Report") -> str:
-    from kenspeckle.names import printable
+    from kenspeckle.core import printable
     from kenspeckle.reports import summary
 
     height, width = manifest.geometry.size

@@ -37,7 +37,10 @@ __all__ = [
     "TrainingError",
     "WriteError",
     "nearest",
+    "printable",
 ]
+
+NUM_SHOWN = 20  # known words, when none is near
 
 Pixels = NDArray[np.uint8]
 """One RGB picture, ``uint8 (H, W, 3)``, or a stack of them, ``uint8 (N, H, W, 3)``."""
@@ -82,7 +85,7 @@ class ImageError(DataError):
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name}: {reason}")
+        super().__init__(f"{printable(name)}: {reason}")
         self.name = name
         self.reason = reason
 
@@ -173,4 +176,25 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, words, n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(name) for name in close) + "?"
-    return "known: " + ", ".join(repr(name) for name in words)
+    more = f" and {len(words) - NUM_SHOWN} more" if len(words) > NUM_SHOWN else ""
+    return "known: " + ", ".join(repr(name) for name in words[:NUM_SHOWN]) + more
+
+
+_JOINERS = frozenset("\u200c\u200d")  # inside Persian words and emoji; they do not change a line
+
+
+def printable(name: str) -> str:
+    r"""Return `name` with what would break or disguise a line of text written as escapes.
+
+    That is control characters, line and paragraph separators, direction overrides, and bytes of a
+    file name that are not UTF-8.
+
+    Example:
+        >>> printable("two\nlines.jpg")
+        'two\\nlines.jpg'
+    """
+    if name.isprintable():
+        return name
+    return "".join(
+        c if c.isprintable() or c in _JOINERS else c.encode("unicode_escape").decode() for c in name
+    )

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from kenspeckle.core import DataError, MissingPathError, WriteError
+from kenspeckle.core import DataError, MissingPathError, WriteError, printable
 
 __all__ = ["PART_SUFFIX", "read_file", "replacing", "write_file"]
 
@@ -29,7 +29,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         WriteError: the disk is full, the folder cannot be written, or is missing.
     """
-    part = path.with_name(f".{path.name[:100]}.{os.getpid()}-{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
+    part = path.with_name(f".{path.name[:40]}.{os.getpid()}-{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("xb") as file:
@@ -64,24 +64,28 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         MissingPathError: there is no such path.
         DataError: not an ordinary file, too large, or not readable.
     """
+    name = printable(str(path))
     try:
         handle = os.open(
             path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         )
     except FileNotFoundError as error:
-        raise MissingPathError(f"{path}: no such file") from error
+        raise MissingPathError(f"{name}: no such file") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL, or a character that no file name can have
+        raise DataError(f"{name}: cannot be read: {error}") from error
+    state = os.fstat(handle)
+    if not stat.S_ISREG(state.st_mode):
+        os.close(handle)
+        raise DataError(f"{name}: not an ordinary file")
     with os.fdopen(handle, "rb") as file:
-        state = os.fstat(file.fileno())
-        if not stat.S_ISREG(state.st_mode):
-            raise DataError(f"{path}: not an ordinary file")
         if state.st_size > max_bytes:
-            raise DataError(f"{path}: {state.st_size:,} bytes; at most {max_bytes:,} are read")
+            raise DataError(f"{name}: {state.st_size:,} bytes; at most {max_bytes:,} are read")
         try:
             return file.read(max_bytes)
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+            raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
 
 
 def _flush_folder(folder: Path) -> None:
@@ -95,10 +99,11 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _explain(path: Path, error: OSError) -> str:
+    name = printable(str(path))
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(path.parent).free
         return (
-            f"{path}: could not be written: {error.strerror or error} "
+            f"{name}: could not be written: {error.strerror or error} "
             f"({free / 1e6:,.1f} MB free there); what stood there before is untouched"
         )
-    return f"{path}: could not be written: {error.strerror or error}"
+    return f"{name}: could not be written: {error.strerror or error}"

@@ -134,8 +134,7 @@ def train(
     """
     if recipe is None or isinstance(recipe, str):
         recipe = recipes.DEFAULT if recipe is None else recipes.named(recipe)
-    words = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in settings.items()}
-    recipe = with_settings(recipe, [f"{name}={value}" for name, value in words.items()])
+    recipe = with_settings(recipe, [f"{name}={_word(value)}" for name, value in settings.items()])
     last: Event | None = None
     dataset = data if isinstance(data, Dataset) else open_dataset(data)
     for event in fit(dataset, recipe, out, options or Options(), threading.Event()):
@@ -143,6 +142,13 @@ def train(
     if not isinstance(last, Finished):
         raise InvalidValueError("a run must end with Finished")
     return last
+
+
+def _word(value: object) -> object:
+    """Return a setting's value as a command line has it."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return "none" if value is None else value
 
 
 def fit(
@@ -203,9 +209,10 @@ def fit(
     origin = Origin(
         recipe, options.command, started, options.num_threads, options.thumbnails, options.limits
     )
-    report = ship(network, prepared, learned, origin, model_path)
+    report, model_file = ship(network, prepared, learned, origin, model_path)
     write_file(run_folder / "report.html", reports.render(report).encode())
     write_file(run_folder / "report.json", json.dumps(report.to_dict(), indent=1).encode())
+    write_file(model_path, model_file)
     yield Finished(model_path, run_folder, report, learned.interrupted)
 
 

@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kenspeckle.core import DataError
-from kenspeckle.names import hidden_notice, is_hidden, listed, printable
+from kenspeckle.core import DataError, printable
+from kenspeckle.names import hidden_notice, is_hidden, listed
 
 __all__ = ["Tree", "scan"]
 

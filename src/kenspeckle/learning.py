@@ -149,9 +149,9 @@ class _Run:
         self.num_seen = 0
 
     def update(self) -> Update:
-        if self.recipe.optimizer.name == "gd":
-            return accumulate(len(self.task.train))
         norm = self.recipe.training.clip_norm
+        if self.recipe.optimizer.name == "gd":
+            return accumulate(len(self.task.train), norm or math.inf)
         return clip(norm) if norm else plain
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -255,16 +255,16 @@ def _epoch(
 ) -> Generator[Stage, None, tuple[float, float]]:
     """Train one epoch; return the mean loss and the last learning rate."""
     total = run.recipe.training.epochs * run.num_steps
-    loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
+    losses: list[Tensor] = []  # they stay on the device: reading one waits for it
     rate = 0.0
     with (
         autocast(run.device, run.recipe.training.precision),
         contextlib.closing(run.steps(number, num_threads)) as steps,
     ):
         for step in steps:
-            if run.ema:
+            if run.ema and (step.number + 1) % run.steps_per_move == 0:
                 run.ema.update(run.network)
-            loss_sum += step.loss.double() * step.num_items
+            losses.append(step.loss * step.num_items)
             rate = step.rate
             detail = ""
             if run.device.type == "cpu" or step.number % STEPS_BETWEEN_LOOKS == 0:
@@ -272,7 +272,8 @@ def _epoch(
             yield Stage("training", step.number + 1, total, detail)
             if stop.is_set():
                 break
-    return float(loss_sum) / run.num_seen, rate
+    # Summed on the CPU, since not every accelerator has double precision.
+    return float(torch.stack(losses).cpu().double().sum()) / run.num_seen, rate
 
 
 def _look(step: Step) -> str:

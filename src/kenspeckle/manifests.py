@@ -26,9 +26,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
-from kenspeckle.core import DataError, MissingExtraError, nearest
+from kenspeckle.core import DataError, MissingExtraError, nearest, printable
 from kenspeckle.files import read_file
-from kenspeckle.names import SPLIT_WORDS, Split, class_name, listed, printable, split_of
+from kenspeckle.names import SPLIT_WORDS, Split, class_name, listed, split_of
 
 __all__ = [
     "BYTES_COLUMNS",

@@ -29,10 +29,9 @@ from kenspeckle.core import (
     ModelFileError,
     Normalisation,
 )
-from kenspeckle.files import replacing
 from kenspeckle.graphs import check_graph
 
-__all__ = ["FORMAT_VERSION", "Manifest", "ModelFile", "Rejection", "read", "write"]
+__all__ = ["FORMAT_VERSION", "Manifest", "ModelFile", "Rejection", "pack", "read"]
 
 FORMAT_VERSION = 1
 MAX_FILE_BYTES = 4_000_000_000
@@ -121,17 +120,15 @@ class ModelFile:
         return _parse_json(self.path, name, self.members[name])
 
 
-def write(path: Path, manifest: Manifest, members: Mapping[str, bytes]) -> None:
-    """Write a model file, whole or not at all.
+def pack(manifest: Manifest, members: Mapping[str, bytes]) -> bytes:
+    """Return the content of a model file.
 
     Args:
-        path: where; an existing file is replaced only when the new one is whole.
         manifest: its `members` are filled in here.
         members: content by member name.
 
     Raises:
         InvalidValueError: a member's name is not one that the format knows.
-        WriteError: the disk is full, or the folder cannot be written.
     """
     for name in members:
         if not MEMBER_NAMES.fullmatch(name) or name == "manifest.json":
@@ -144,10 +141,9 @@ def write(path: Path, manifest: Manifest, members: Mapping[str, bytes]) -> None:
         for name, data in {"manifest.json": text.encode(), **members}.items():
             file.writestr(zipfile.ZipInfo(name, EPOCH), data)
         file.comment = COMMENT + b"0" * 64
-    body = archive.getbuffer()[:-COMMENT_BYTES]
-    with replacing(path) as out:
-        out.write(body)
-        out.write(COMMENT + hashlib.sha256(body).hexdigest().encode())
+    with archive.getbuffer() as whole:
+        whole[-64:] = hashlib.sha256(whole[:-COMMENT_BYTES]).hexdigest().encode()
+    return archive.getvalue()
 
 
 def read(path: Path, wanted: tuple[str, ...] = ("model.onnx",)) -> ModelFile:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kenspeckle.core import DataError, nearest
+from kenspeckle.core import DataError, nearest, printable
 
 __all__ = [
     "LAYOUT",
@@ -33,7 +33,6 @@ __all__ = [
     "is_hidden",
     "is_picture",
     "listed",
-    "printable",
     "settle_classes",
     "split_of",
 ]
@@ -65,24 +64,6 @@ LAYOUT = (
 )
 
 _HIDDEN = frozenset({"__macosx", "@eadir", "desktop.ini", "thumbs.db"})
-_JOINERS = frozenset("\u200c\u200d")  # inside Persian words and emoji; they do not change a line
-
-
-def printable(name: str) -> str:
-    r"""Return `name` with what would break or disguise a line of text written as escapes.
-
-    That is control characters, line and paragraph separators, direction overrides, and bytes of a
-    file name that are not UTF-8.
-
-    Example:
-        >>> printable("two\nlines.jpg")
-        'two\\nlines.jpg'
-    """
-    if name.isprintable():
-        return name
-    return "".join(
-        c if c.isprintable() or c in _JOINERS else c.encode("unicode_escape").decode() for c in name
-    )
 
 
 def listed(names: Iterable[str], num_shown: int = 3) -> str:

@@ -78,15 +78,13 @@ class Model:
 
     def _check_interface(self) -> None:
         height, width = self.manifest.geometry.size
-        (picture, *others) = self._session.get_inputs()
-        outputs = {output.name: output.shape for output in self._session.get_outputs()}
+        inputs = [(one.name, one.type, one.shape[1:]) for one in self._session.get_inputs()]
+        outputs = {one.name: (one.type, one.shape[1:]) for one in self._session.get_outputs()}
+        row = ("tensor(float)", [len(self.classes)])
         fits = (
-            not others
-            and picture.name == "images"
-            and picture.type == "tensor(uint8)"
-            and picture.shape[1:] == [height, width, 3]
+            inputs == [("images", "tensor(uint8)", [height, width, 3])]
             and set(OUTPUTS) <= set(outputs)
-            and all(outputs[n][1:] == [len(self.classes)] for n in ("logits", "probabilities"))
+            and outputs["logits"] == outputs["probabilities"] == row
         )
         if not fits:
             raise ModelFileError(f"{self.file.path}: its graph does not fit its manifest; refused")
@@ -105,13 +103,22 @@ class Model:
         """Return what the network says of prepared pictures, ``uint8 (N, H, W, 3)``.
 
         Raises:
-            ModelFileError: the graph fails on them.
+            ModelFileError: the graph fails on them, or gives no probabilities.
         """
         try:
             found = self._session.run(list(OUTPUTS), {"images": np.ascontiguousarray(pixels)})
         except Exception as error:  # ONNX Runtime's errors share no narrower class
             raise ModelFileError(f"{self.file.path}: the graph fails: {error}") from error
-        return Predictions(*found)
+        answer = Predictions(*found)
+        rows = answer.probabilities
+        fits = rows.shape == (len(pixels), len(self.classes)) and np.isfinite(answer.logits).all()
+        # So written, nan is refused too.
+        if not (fits and (rows >= 0).all() and (np.abs(rows.sum(axis=1) - 1) < 1e-3).all()):
+            raise ModelFileError(
+                f"{self.file.path}: the graph's outputs are not probabilities of "
+                f"{len(self.classes)} classes; get a fresh copy, or train again"
+            )
+        return answer
 
     def prepare(self, source: Source, limits: Limits | None = None) -> Pixels:
         """Return one picture as the network sees it, ``uint8 (H, W, 3)``.

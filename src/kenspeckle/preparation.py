@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from kenspeckle.config import Recipe
 from kenspeckle.core import DataError, Geometry, Normalisation, Pixels
 from kenspeckle.images import Limits, decode, from_array
-from kenspeckle.layers import Classifier, normalise, whiten_
+from kenspeckle.layers import Classifier, Whitening, normalise, whiten_
 from kenspeckle.learning import Stage, Task
 from kenspeckle.models import build
 from kenspeckle.pixels import Cache, PixelStore, open_pixels
@@ -24,6 +25,7 @@ __all__ = ["Prepared", "network_for", "original", "prepare_data"]
 
 LARGEST_DERIVED_SIDE = 64
 NUM_MEASURED = 5_000  # pictures whose mean and deviation stand for the training set's
+MAX_WHITENED_PIXELS = NUM_MEASURED * 32 * 32  # 61 MB as floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +171,9 @@ def network_for(prepared: Prepared, recipe: Recipe) -> Classifier:
     generator = torch.Generator().manual_seed(recipe.seed)
     task = prepared.task
     network = build(recipe.model, task.num_classes, prepared.geometry.size, generator)
-    some = task.train[np.linspace(0, len(task.train) - 1, min(len(task.train), 5_000)).astype(int)]
-    images = torch.from_numpy(task.store.gather(some))
-    whiten_(network, normalise(images, task.normalisation.mean, task.normalisation.deviation))
+    if any(isinstance(module, Whitening) for module in network.modules()):
+        num = min(len(task.train), max(1, MAX_WHITENED_PIXELS // math.prod(prepared.geometry.size)))
+        some = task.train[np.linspace(0, len(task.train) - 1, num).astype(int)]
+        images = torch.from_numpy(task.store.gather(some))
+        whiten_(network, normalise(images, task.normalisation.mean, task.normalisation.deviation))
     return network

@@ -22,7 +22,7 @@ from kenspeckle.export import Deployed, check_parity, reference_members, to_onnx
 from kenspeckle.images import Limits, thumbnail
 from kenspeckle.layers import Classifier
 from kenspeckle.learning import Learned
-from kenspeckle.modelfile import Manifest, ModelFile, write
+from kenspeckle.modelfile import Manifest, ModelFile, pack
 from kenspeckle.pixels import batches
 from kenspeckle.prediction import Model
 from kenspeckle.preparation import Prepared, original
@@ -68,19 +68,21 @@ class Origin:
 
 def ship(
     network: Classifier, prepared: Prepared, learned: Learned, origin: Origin, path: Path
-) -> Report:
-    """Calibrate, export, compare, evaluate what is shipped, and write the model file.
+) -> tuple[Report, bytes]:
+    """Calibrate, export, compare, and evaluate what is shipped.
 
     Args:
         network: holds the weights to ship; it is moved to the CPU.
         prepared: the data it learnt from.
         learned: how training went.
         origin: how the run was started.
-        path: of the model file.
+        path: where the model file will stand.
+
+    Returns:
+        The report, and the content of the model file.
 
     Raises:
         ModelFileError: the exported graph does not answer as the network does.
-        WriteError: the model file could not be written.
     """
     task = prepared.task
     temperature = fit_temperature(learned.validation_logits, task.labels[task.validation])
@@ -110,8 +112,8 @@ def ship(
         **report.pictures(),
         **reference_members(model),
     }
-    write(path, manifest, members)
-    return replace(report, model=replace(report.model, file_size_bytes=path.stat().st_size))
+    packed = pack(manifest, members)
+    return replace(report, model=replace(report.model, file_size_bytes=len(packed))), packed
 
 
 def _report(

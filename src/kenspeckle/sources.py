@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kenspeckle.archives import Archive
-from kenspeckle.core import DataError, InvalidValueError, MissingPathError, nearest
+from kenspeckle.core import DataError, InvalidValueError, MissingPathError, nearest, printable
 from kenspeckle.files import read_file
 from kenspeckle.folders import scan
 from kenspeckle.images import Limits
@@ -33,7 +33,6 @@ from kenspeckle.names import (
     hidden_notice,
     is_hidden,
     is_picture,
-    printable,
     settle_classes,
 )
 from kenspeckle.standard import (
@@ -152,7 +151,7 @@ class FileReader:
         try:
             return read_file(path, self.max_bytes)
         except (DataError, MissingPathError) as error:
-            reason = str(error).removeprefix(f"{path}: ")
+            reason = str(error).removeprefix(f"{printable(str(path))}: ")
             raise DataError(f"{printable(self.names[index])}: {reason}") from error
 
     def stamp(self, index: int) -> str:

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kenspeckle.core import DataError, InvalidValueError, MissingExtraError
+from kenspeckle.core import DataError, InvalidValueError, MissingExtraError, printable
 from kenspeckle.files import write_file
-from kenspeckle.names import Split, printable
+from kenspeckle.names import Split
 
 __all__ = [
     "SAMPLE_CLASSES",

@@ -103,10 +103,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     """Return the mixed-precision context for a device, or one that does nothing.
 
     Only CUDA devices with native bfloat16 take it: on a CPU without it a bfloat16 convolution is
-    ten times slower than float32, and float16 would need loss scaling.
+    ten times slower than float32, and float16 would need loss scaling. Steps may be taken inside:
+    weights are cast anew in each forward pass, where torch's cache would keep the first cast until
+    the context ends.
     """
     if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False):
-        return torch.autocast("cuda", dtype=torch.bfloat16)
+        return torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False)
     return contextlib.nullcontext()
 
 
