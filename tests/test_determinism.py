@@ -174,7 +174,7 @@ def test_equal_pictures_stay_on_one_side(tmp_path, cache):
             twin = (data / name / f"{index:03d}.png").read_bytes()
             (data / name / f"twin-{index}.png").write_bytes(twin)
     prepared = prepared_from(data, quick_recipe(), cache)
-    sides = {}
+    sides: dict[bytes, list[str]] = {}
     for index, item in enumerate(prepared.dataset.items):
         content = (data / item.name).read_bytes()
         sides.setdefault(content, []).append(str(prepared.parts[index]))

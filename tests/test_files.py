@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import socket
+import stat
 import subprocess
 from pathlib import Path
 
@@ -53,16 +54,21 @@ def test_an_old_file_stands_until_the_new_one_is_whole(old):
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, MemoryError])
 def test_an_error_in_the_block_leaves_the_old_file(old, kind):
-    with pytest.raises(kind), replacing(old) as file:
-        file.write(b"half")
-        raise kind
+    def write_half():
+        with replacing(old) as file:
+            file.write(b"half")
+            raise kind
+
+    with pytest.raises(kind):
+        write_half()
     assert_untouched(old)
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """Record, in order, what happens to files, and fail at one of it when told."""
-    seen, failing = [], set()
+    seen: list[str] = []
+    failing: set[str] = set()
     fsync, replace = os.fsync, os.replace
 
     def note(name):
@@ -170,13 +176,14 @@ def full_disk(tmp_path):
 def test_a_full_disk_leaves_the_old_file(full_disk, at_once):
     old = full_disk / "model.ken"
     old.write_bytes(b"old")
-    block = b"x" * 100_000
-    with (
-        pytest.raises(WriteError, match=rf"{re.escape(str(old))}: .*No space left.*\d MB free"),
-        replacing(old) as file,
-    ):
-        for size in [20] if at_once else [1] * 20:
-            file.write(block * size)
+    blocks = [b"x" * 2_000_000] if at_once else [b"x" * 100_000] * 20
+
+    def write_too_much():
+        with replacing(old) as file:
+            file.writelines(blocks)
+
+    with pytest.raises(WriteError, match=rf"{re.escape(str(old))}: .*No space left.*\d MB free"):
+        write_too_much()
     assert_untouched(old)
     write_file(old, b"new")  # the space was given back
     assert old.read_bytes() == b"new"
@@ -219,7 +226,7 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
 
 
 def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(DataError, match="not an ordinary file|cannot be read"):
+    with pytest.raises(DataError, match=r"not an ordinary file|cannot be read"):
         read_file(tmp_path, 10)
 
 
@@ -239,7 +246,7 @@ def test_a_pipe_a_device_and_a_socket_never_hang(tmp_path, monkeypatch):
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as server:
         server.bind("socket")
         for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path / "socket"):
-            with pytest.raises(DataError, match="not an ordinary file|cannot be read"):
+            with pytest.raises(DataError, match=r"not an ordinary file|cannot be read"):
                 read_file(path, 10)
 
 
@@ -263,29 +270,32 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
 
 def test_a_file_whose_reading_fails_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"x")
-    fdopen = os.fdopen
 
-    def open_broken(handle, mode):
-        file = fdopen(handle, mode)
+    def broken(handle, size):
+        raise OSError(errno.EIO, "Input/output error")
 
-        class Broken:
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                file.close()
-
-            def fileno(self):
-                return file.fileno()
-
-            def read(self, _):
-                raise OSError(errno.EIO, "Input/output error")
-
-        return Broken()
-
-    monkeypatch.setattr("os.fdopen", open_broken)
+    monkeypatch.setattr("os.read", broken)
     with pytest.raises(DataError, match="file: cannot be read: Input/output error"):
         read_file(tmp_path / "file", 10)
+
+
+@POSIX
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
+def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch, code):
+    fsync = os.fsync
+
+    def refuse(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, "no")
+        fsync(handle)
+
+    monkeypatch.setattr("os.fsync", refuse)
+    if code == errno.EINVAL:  # some network file systems cannot
+        write_file(tmp_path / "file", b"new")
+    else:
+        with pytest.raises(WriteError, match="written, but its folder could not be flushed"):
+            write_file(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
 
 
 def test_names_are_printed_in_one_line(tmp_path):

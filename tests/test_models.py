@@ -241,6 +241,10 @@ def arrays(module):
     return [p.detach().double().numpy() for p in module.parameters()]
 
 
+# What follows a convolution; a window's side is a setting only where there is a window.
+POOLINGS = st.sampled_from(
+    [(kind, side) for kind in ("max", "average") for side in (1, 2, 3)] + [("none", 2)]
+)
 MEANS = {"max": max, "average": lambda window: sum(window) / len(window)}
 
 
@@ -249,12 +253,12 @@ MEANS = {"max": max, "average": lambda window: sum(window) / len(window)}
     kernel_size=st.integers(1, 5),
     stride=st.integers(1, 3),
     padding=st.integers(0, 2),
-    pooling=st.sampled_from(["max", "average", "none"]),
-    pool_size=st.integers(1, 3),
+    pooling=POOLINGS,
     size=st.tuples(st.integers(5, 9), st.integers(5, 9)),
 )
-def test_layers_equal_their_definitions(kernel_size, stride, padding, pooling, pool_size, size):
-    config = CnnConfig((2,), kernel_size, stride, padding, pooling, pool_size, hidden=(3,))
+def test_layers_equal_their_definitions(kernel_size, stride, padding, pooling, size):
+    kind, pool_size = pooling
+    config = CnnConfig((2,), kernel_size, stride, padding, kind, pool_size, hidden=(3,))
     try:
         height, width = map_size(config, size)
     except InvalidValueError:
@@ -265,8 +269,8 @@ def test_layers_equal_their_definitions(kernel_size, stride, padding, pooling, p
     weight, bias = arrays(model.get_submodule("convolutions.0.0"))
     x = slow_convolution(x, weight, bias, stride, padding)
     x = np.maximum(x, 0)
-    if pooling != "none":
-        x = slow_pooling(x, pool_size, MEANS[pooling])
+    if kind != "none":
+        x = slow_pooling(x, pool_size, MEANS[kind])
     assert x.shape == (2, height, width)
     assert_allclose(model.features(images)[0].detach(), x, rtol=1e-4, atol=1e-5)
 
@@ -324,14 +328,13 @@ class TestImpossibleSizes:
 
     @given(
         config=st.builds(
-            CnnConfig,
-            channels=st.just((2, 2)),
+            lambda kernel_size, stride, padding, pooling: CnnConfig(
+                (2, 2), kernel_size, stride, padding, pooling[0], pooling[1], ()
+            ),
             kernel_size=st.integers(1, 6),
             stride=st.integers(1, 3),
             padding=st.integers(0, 3),
-            pooling=st.sampled_from(["max", "average", "none"]),
-            pool_size=st.integers(1, 3),
-            hidden=st.just(()),
+            pooling=POOLINGS,
         ),
         size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     )

@@ -6,7 +6,6 @@ import threading
 import numpy as np
 import pytest
 
-from kenspeckle import pixels
 from kenspeckle.core import DataError, Geometry, ImageError, InvalidValueError, WriteError
 from kenspeckle.files import PART_SUFFIX
 from kenspeckle.images import Limits, prepare
@@ -166,7 +165,6 @@ def test_a_full_disk_leaves_nothing_half_and_says_what_to_do(folder, tmp_path, m
     cache = Cache(tmp_path / "c")
     (tmp_path / "c").mkdir()
     dataset = open_dataset(folder)
-    monkeypatch.setattr(pixels, "_content_key", lambda *_: "key")
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(WriteError, match=r"No space left.*--cache-dir.*--cache-limit 0"):
         list(open_pixels(dataset, GEOMETRY, Limits(), cache))

@@ -49,6 +49,8 @@ def test_leaf_names_are_unique_so_that_they_can_stand_alone():
         ("seed=7", "seed", 7),
         ("loss=focal", "loss.name", "focal"),
         ("optimizer=adam", "optimizer.name", "adam"),
+        ("schedule=cosine", "schedule.name", "cosine"),
+        ("schedule.name=steps", "schedule.name", "steps"),
         ("mean=0.5", "pixels.mean", (0.5, 0.5, 0.5)),
     ],
 )

@@ -4,18 +4,17 @@ Progress and notices go to standard error, results to standard output, so that a
 them. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
-import csv
 import io
 import json
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,11 +22,7 @@ from kenspeckle.core import InvalidValueError, KenError, MissingPathError
 
 if TYPE_CHECKING:
     from kenspeckle.config import Recipe
-    from kenspeckle.core import Interval
     from kenspeckle.fit import Event, Finished
-    from kenspeckle.modelfile import Manifest
-    from kenspeckle.prediction import Answer, Difference, Model
-    from kenspeckle.results import Report, Scores
 
 __all__ = ["app", "main"]
 
@@ -88,6 +83,8 @@ def _root(
 
 def main() -> None:
     """Run the command; a KenError becomes one message and its exit code, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be valid UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except KenError as error:
@@ -167,6 +164,7 @@ def train(
     from kenspeckle.fit import Options, fit
     from kenspeckle.pixels import Cache, default_cache_folder
     from kenspeckle.sources import open_dataset
+    from kenspeckle.wording import finished_text
 
     options = Options(
         device=device,
@@ -189,7 +187,7 @@ def train(
     if as_json:
         print(json.dumps(finished.to_dict(), indent=1))
     else:
-        print(_finished_text(finished), end="")
+        print(finished_text(finished), end="")
     if finished.interrupted:
         sys.exit(INTERRUPTED)
 
@@ -311,6 +309,7 @@ def evaluate(
     """Measure a model on labelled pictures; classes are matched by name. Needs no torch."""
     from kenspeckle.judging import judge
     from kenspeckle.sources import open_dataset
+    from kenspeckle.wording import scores_text
 
     if split not in (known := ("train", "validation", "test", "all")):
         raise InvalidValueError(f"--split must be one of {', '.join(known)}; got '{split}'")
@@ -329,7 +328,7 @@ def evaluate(
     if as_json:
         print(json.dumps(scores.to_dict(), indent=1))
     else:
-        print(_scores_text(scores), end="")
+        print(scores_text(scores), end="")
 
 
 @app.command(epilog="Example:  ken predict flowers.ken daisy.jpg holiday/")
@@ -347,12 +346,13 @@ def predict(
     """Say what is on pictures: label and probability, one line each. Needs no torch."""
     from kenspeckle.prediction import load
     from kenspeckle.sources import find_pictures
+    from kenspeckle.wording import csv_rows, json_rows, text_rows
 
     if as_json and as_csv:
         raise InvalidValueError("--json and --csv cannot both be asked for")
     paths = find_pictures(pictures)
     loaded = load(model, threads)
-    form = _json_rows if as_json else _csv_rows if as_csv else _text_rows
+    form = json_rows if as_json else csv_rows if as_csv else text_rows
     failed = 0
     for line, error in form(loaded, paths, min(top, len(loaded.classes))):
         if error is not None:
@@ -364,61 +364,6 @@ def predict(
         _say(f"{failed} of {len(paths)} pictures could not be used")
     if failed:
         sys.exit(1)
-
-
-def _json_rows(
-    model: "Model", paths: list[Path], top: int
-) -> Iterator[tuple[str | None, KenError | None]]:
-    yield "[", None
-    for number, (path, answer) in enumerate(_answers(model, paths)):
-        entry: dict[str, Any] = {"picture": str(path)}
-        if isinstance(answer, KenError):
-            entry["error"] = str(answer)
-        else:
-            ranking = [{"label": name, "probability": p} for name, p in answer.ranking[:top]]
-            entry |= {"label": answer.label, "probability": answer.probability, "top": ranking}
-        comma = ",\n " if number else "\n "
-        yield comma + json.dumps(entry), answer if isinstance(answer, KenError) else None
-    yield "\n]\n", None
-
-
-def _csv_rows(
-    model: "Model", paths: list[Path], top: int
-) -> Iterator[tuple[str | None, KenError | None]]:
-    names = [f"{name}_{rank}" for rank in range(2, top + 1) for name in ("label", "probability")]
-    yield _csv_line(["picture", "label", "probability", *names]), None
-    for path, answer in _answers(model, paths):
-        if isinstance(answer, KenError):
-            yield None, answer
-            continue
-        cells = [cell for name, p in answer.ranking[:top] for cell in (name, f"{p:.6f}")]
-        yield _csv_line([str(path), *cells]), None
-
-
-def _csv_line(cells: Iterable[str]) -> str:
-    """Return one CSV line; a cell that a spreadsheet would run as a formula is disarmed."""
-    text = io.StringIO()
-    armed = ("=", "+", "-", "@", "\t", "\r")
-    csv.writer(text).writerow(f"'{cell}" if cell.startswith(armed) else cell for cell in cells)
-    return text.getvalue()
-
-
-def _text_rows(
-    model: "Model", paths: list[Path], top: int
-) -> Iterator[tuple[str | None, KenError | None]]:
-    from kenspeckle.core import printable
-
-    width = max((len(printable(str(path))) for path in paths), default=0)
-    for path, answer in _answers(model, paths):
-        if isinstance(answer, KenError):
-            yield None, answer
-            continue
-        ranking = "  ".join(f"{printable(name)} {p:.1%}" for name, p in answer.ranking[:top])
-        yield f"{printable(str(path)):<{width}}  {ranking}\n", None
-
-
-def _answers(model: "Model", paths: list[Path]) -> "Iterator[tuple[Path, Answer | KenError]]":
-    return zip(paths, model.predict_many(paths), strict=True)
 
 
 @app.command(epilog="Example:  ken info flowers.ken --verify")
@@ -433,6 +378,7 @@ def info(
     from kenspeckle.modelfile import read
     from kenspeckle.prediction import verify as replay
     from kenspeckle.results import Report
+    from kenspeckle.wording import info_text, verification
 
     file = read(model, ("report.json",))
     report = Report.from_dict(file.json("report.json"))
@@ -443,25 +389,11 @@ def info(
             plain["verification"] = [asdict(d) | {"agrees": d.agrees} for d in differences]
         print(json.dumps(plain, indent=1))
     else:
-        print(_info_text(file.manifest, report), end="")
-        for line in _verify_lines(differences):
+        print(info_text(file.manifest, report), end="")
+        for line in verification(differences):
             print(line)
     if not all(difference.agrees for difference in differences):
         sys.exit(1)
-
-
-def _verify_lines(differences: "tuple[Difference, ...]") -> Iterator[str]:
-    if not differences:
-        return
-    for d in differences:
-        if not d.agrees:
-            yield f"DIFFERS  reference/{d.name}: a probability is off by {d.probability:.2g}"
-    agreeing = sum(d.agrees for d in differences)
-    worst = max(d.probability for d in differences)
-    yield (
-        f"verified: {agreeing} of {len(differences)} reference pictures give the stored answer "
-        f"on this machine (largest difference {worst:.1g})"
-    )
 
 
 @app.command(epilog="Example:  ken recipes")
@@ -475,82 +407,3 @@ def recipes(as_json: AsJson = False) -> None:
         return
     for name, recipe in RECIPES.items():
         print(f"{name}{' (default)' if recipe == DEFAULT else ''}\n  {recipe.promise}")
-
-
-def _finished_text(finished: "Finished") -> str:
-    from kenspeckle.core import printable
-    from kenspeckle.reports import summary
-
-    report = finished.report
-    lines = [
-        "",
-        *map(printable, summary(report).splitlines()),
-        "",
-        f"model   {finished.model_path}  ({(report.model.file_size_bytes or 0) / 1e6:.1f} MB)",
-        f"report  {finished.report_path}",
-        f"run     {finished.run_folder}  (log, split, recipe, best weights)",
-        "",
-        "next:",
-        *(f"  {command}" for command in report.next_commands),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _scores_text(scores: "Scores") -> str:
-    """Return the measures as a table, and one line per class."""
-    from kenspeckle.core import printable
-
-    def row(name: str, interval: "Interval | None") -> str:
-        if interval is None or interval.value != interval.value:
-            return f"{name:<26}  undefined"
-        return f"{name:<26}  {interval.value:7.4f}   {interval.low:.4f} to {interval.high:.4f}"
-
-    lines = [f"{scores.num_items:,} pictures          value   95 % interval"]
-    lines += [row("accuracy", scores.accuracy)]
-    if scores.top_k:
-        lines += [row(f"top-{scores.top_k} accuracy", scores.top_k_accuracy)]
-    lines += [row("balanced accuracy", scores.balanced_accuracy)]
-    for name in ("precision", "recall", "f1"):
-        averages = getattr(scores, name)
-        lines += [
-            row(f"{name}, macro", averages.macro),
-            row(f"{name}, weighted", averages.weighted),
-        ]
-    lines += [row("log loss", scores.log_loss)]
-    majority = f"always '{printable(scores.majority_class)}'"
-    lines += [f"{'majority baseline':<26}  {scores.majority_accuracy:7.4f}   {majority}", ""]
-    width = max(len(printable(name)) for name in ("class", *scores.classes))
-    lines += [f"{'class':<{width}}  pictures  precision  recall      f1"]
-    for c in scores.per_class:
-        values = "  ".join(f"{v.value:8.4f}" for v in (c.precision, c.recall, c.f1))
-        lines += [f"{printable(c.name):<{width}}  {c.num_items:8,}   {values}"]
-    return "\n".join(lines).replace("nan", "  -") + "\n"
-
-
-def _info_text(manifest: "Manifest", report: "Report") -> str:
-    from kenspeckle.core import printable
-    from kenspeckle.reports import summary
-
-    height, width = manifest.geometry.size
-    shown = ", ".join(printable(name) for name in manifest.classes[:12])
-    more = f", and {len(manifest.classes) - 12} more" if len(manifest.classes) > 12 else ""
-    made = manifest.provenance
-    rows = {
-        "classes": f"{len(manifest.classes)}: {shown}{more}",
-        "input": f"{height}x{width} pixels, {manifest.geometry.fit}, "
-        f"{manifest.geometry.interpolation}, on {manifest.geometry.background}",
-        "network": f"{manifest.backbone.get('family')}, "
-        f"{manifest.backbone.get('num_parameters'):,} parameters",
-        "temperature": f"{manifest.temperature:.3f}",
-        "unknown": "never answered" if manifest.rejection is None else str(manifest.rejection),
-        "recipe": f"{manifest.recipe.get('name')} ({made.get('recipe_hash')})",
-        "data": f"{made.get('data')} {made.get('num_pictures')}",
-        "fingerprint": made.get("data_fingerprint"),
-        "weights": made.get("weights_sha256"),
-        "made": f"{made.get('created')}, {made.get('machine')}, seed {made.get('seed')}",
-        "versions": made.get("versions"),
-        "command": report.command,
-        "licence": manifest.licence or "not stated",
-    }
-    table = "".join(f"{name:<12}  {printable(str(value))}\n" for name, value in rows.items())
-    return f"{table}\n{summary(report)}\n"

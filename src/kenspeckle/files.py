@@ -6,6 +6,7 @@ stands there, never a part (Pillai et al., OSDI 2014, "All File Systems Are Not 
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -20,6 +21,9 @@ __all__ = ["PART_SUFFIX", "read_file", "replacing", "write_file"]
 
 PART_SUFFIX = ".part"
 """Ends the temporary name of a file that is being written."""
+
+# Without O_NONBLOCK, opening a FIFO waits for somebody who writes to it.
+_READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 @contextlib.contextmanager
@@ -37,12 +41,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-        _flush_folder(path.parent)
     except OSError as error:
         raise WriteError(_explain(path, error)) from error
     finally:
         with contextlib.suppress(OSError):  # the rename took it, or it never came to be
             part.unlink()
+    _flush_folder(path)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -66,36 +70,54 @@ def read_file(path: Path, max_bytes: int) -> bytes:
     """
     name = printable(str(path))
     try:
-        handle = os.open(
-            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        )
+        handle = os.open(path, _READ_FLAGS)
     except FileNotFoundError as error:
         raise MissingPathError(f"{name}: no such file") from error
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # a NUL, or a character that no file name can have
         raise DataError(f"{name}: cannot be read: {error}") from error
-    state = os.fstat(handle)
-    if not stat.S_ISREG(state.st_mode):
-        os.close(handle)
-        raise DataError(f"{name}: not an ordinary file")
-    with os.fdopen(handle, "rb") as file:
+    try:
+        state = os.fstat(handle)
+        if not stat.S_ISREG(state.st_mode):
+            raise DataError(f"{name}: not an ordinary file")
         if state.st_size > max_bytes:
             raise DataError(f"{name}: {state.st_size:,} bytes; at most {max_bytes:,} are read")
-        try:
-            return file.read(max_bytes)
-        except OSError as error:
-            raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return  # Windows has no handle on a folder that could be flushed
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
+        return _read(handle, state.st_size, max_bytes)
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
     finally:
         os.close(handle)
+
+
+def _read(handle: int, expected: int, max_bytes: int) -> bytes:
+    """Return what is left of a file; unbuffered, since small files are read by the ten thousand."""
+    data = os.read(handle, min(expected, max_bytes))
+    if len(data) < expected:  # one call gives at most 2 GB, and fewer bytes when interrupted
+        parts = [data]
+        while parts[-1] and sum(map(len, parts)) < max_bytes:
+            parts.append(os.read(handle, max_bytes - sum(map(len, parts))))
+        return b"".join(parts)
+    return data
+
+
+def _flush_folder(path: Path) -> None:
+    if os.name != "posix":
+        return  # Windows has no handle on a folder that could be flushed
+    handle = -1
+    try:
+        handle = os.open(path.parent, os.O_RDONLY)
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno in {errno.EINVAL, errno.ENOTSUP}:
+            return  # some network file systems cannot flush a folder
+        raise WriteError(
+            f"{printable(str(path))}: written, but its folder could not be flushed to the disk: "
+            f"{error.strerror or error}"
+        ) from error
+    finally:
+        if handle >= 0:
+            os.close(handle)
 
 
 def _explain(path: Path, error: OSError) -> str:

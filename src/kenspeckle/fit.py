@@ -219,7 +219,9 @@ def fit(
 def _run_folder(dataset: Dataset, options: Options) -> Path:
     if options.run_folder is None:
         now = dt.datetime.now().astimezone()
-        return Path("runs") / f"{_stem(dataset)}-{now:%Y%m%d-%H%M%S}-{os.getpid()}"
+        name = f"{_stem(dataset)}-{now:%Y%m%d-%H%M%S}"
+        tries = [Path("runs") / name, *(Path("runs") / f"{name}-{n}" for n in range(2, 1000))]
+        return next(path for path in tries if not path.exists())
     folder = options.run_folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InvalidValueError(f"--run-folder must be new or empty; {folder} is not")

@@ -116,8 +116,8 @@ def read_manifest(path: Path, label_column: str | None = None) -> Manifest:
             table = _text(path, "\t" if suffix == ".tsv" else ",")
         return _manifest(table, path.parent, label_column)
     except DataError as error:
-        text = str(error).removeprefix(f"{path}: ")
-        raise DataError(f"{printable(str(path))}: {text}") from error
+        where = f"{printable(str(path))}: "
+        raise DataError(where + str(error).removeprefix(where)) from error
 
 
 def _manifest(table: _Table, folder: Path, label_column: str | None) -> Manifest:

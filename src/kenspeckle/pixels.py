@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kenspeckle.core import DataError, Geometry, ImageError, InvalidValueError, Pixels, WriteError
+from kenspeckle.core import DataError, Geometry, InvalidValueError, Pixels, WriteError
 from kenspeckle.files import PART_SUFFIX, replacing, write_file
 from kenspeckle.images import DECODER_VERSION, Limits, prepare
 from kenspeckle.sources import Dataset
@@ -47,6 +48,8 @@ Result = TypeVar("Result")
 
 DIGEST_BYTES = 16
 BAD_FILES_SHOWN = 10
+CHUNK = 32  # pictures decoded between two reports of progress
+SECONDS_WORTH_A_THREAD = 5e-4  # a picture
 STALE_PART_SECONDS = 24 * 3600.0
 
 
@@ -67,6 +70,15 @@ class Cache:
 
     folder: Path
     limit_bytes: int = 10_000_000_000
+
+    @property
+    def pixels(self) -> Path:
+        """The folder of cache files."""
+        return self.folder / "pixels"
+
+    def holds_file_of(self, num_bytes: int) -> bool:
+        """Return whether there is a cache file of that size."""
+        return any(path.stat().st_size == num_bytes for path in self._files("pixels/*.u8"))
 
     def make_room(self, num_bytes: int) -> None:
         """Remove the least recently used files until `num_bytes` more fit under the limit."""
@@ -191,66 +203,93 @@ def open_pixels(
     if num_bytes > cache.limit_bytes:
         yield from _decode_all(streamed, lambda data: None)
         return streamed
-    path = cache.folder / "pixels" / f"{_content_key(dataset, geometry, cache)}.u8"
+    memo = cache.folder / "stamps" / f"{_stamps(dataset, geometry)}.json"
+    known = _remembered(memo)
+    key = known
+    if key is None and cache.holds_file_of(num_bytes):  # moved or touched, the content may be known
+        key = _content_key(geometry, [_source_digest(dataset, i) for i in range(num_items)])
+    path = cache.pixels / f"{key}.u8"
     if not (path.is_file() and path.stat().st_size == num_bytes):
         cache.make_room(num_bytes)
-        yield from _build(streamed, path)
+        key = yield from _build(streamed, cache)
+        path = cache.pixels / f"{key}.u8"
+    if key != known:
+        write_file(memo, json.dumps({"content": key}).encode())
     os.utime(path)
-    return _map(path, len(dataset.items), geometry)
+    return _map(path, num_items, geometry)
 
 
-def _build(streamed: StreamedPixels, path: Path) -> Iterator[tuple[int, int]]:
+def _build(streamed: StreamedPixels, cache: Cache) -> Generator[tuple[int, int], None, str]:
+    """Decode everything into a cache file and return the key of the content that was read."""
+    whole = cache.pixels / f"{uuid.uuid4().hex}.u8"
     try:
-        with replacing(path) as file:
-            yield from _decode_all(streamed, file.write)
+        with replacing(whole) as file:
+            sources = yield from _decode_all(streamed, file.write)
             file.write(streamed.digests.tobytes())
     except WriteError as error:
         raise WriteError(
             f"the picture cache {error}; choose another folder with --cache-dir, "
             "or decode in every epoch with --cache-limit 0"
         ) from error
+    key = _content_key(streamed.geometry, sources)
+    whole.replace(cache.pixels / f"{key}.u8")
+    return key
 
 
 def _decode_all(
     streamed: StreamedPixels, keep: Callable[[bytes], object]
-) -> Iterator[tuple[int, int]]:
+) -> Generator[tuple[int, int], None, list[bytes]]:
     """Hand every picture's bytes to `keep` in order, and note their digests.
 
-    After the last one, raise if any could not be decoded.
+    After the last one, raise if any could not be decoded; else return the sources' digests.
     """
     total = len(streamed)
     bad: list[DataError] = []
+    sources: list[bytes] = []
 
-    def decode(start: int) -> list[Pixels | DataError]:
-        return [_try(streamed, index) for index in range(start, min(start + 32, total))]
+    def decode(start: int) -> list[tuple[bytes, Pixels | DataError]]:
+        return [_try(streamed, index) for index in range(start, min(start + CHUNK, total))]
 
-    done = 0
-    for results in _in_order(os.cpu_count() or 1, decode, range(0, total, 32)):
-        for index, result in enumerate(results, done):
+    started = time.perf_counter()
+    first = decode(0)
+    seconds = (time.perf_counter() - started) / len(first)
+    # Decoders of large pictures let other threads run; tiny ones only fight for the interpreter.
+    num_threads = (os.cpu_count() or 1) if seconds > SECONDS_WORTH_A_THREAD else 0
+    rest = _in_order(num_threads, decode, range(CHUNK, total, CHUNK))
+    for results in itertools.chain([first], rest):
+        for source, result in results:
             if isinstance(result, DataError):
                 bad.append(result)
             elif not bad:
                 data = result.tobytes()
                 keep(data)
-                digest = hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
-                streamed.digests[index] = np.frombuffer(digest, np.uint8)
-        done += len(results)
-        yield done, total
+                digest = np.frombuffer(_blake(data), np.uint8)
+                streamed.digests[len(sources)] = digest
+            sources.append(source)
+        yield len(sources), total
     if bad:
         raise _bad_pictures(bad, total)
+    return sources
 
 
-def _try(streamed: StreamedPixels, index: int) -> Pixels | DataError:
+def _try(streamed: StreamedPixels, index: int) -> tuple[bytes, Pixels | DataError]:
+    """Return the digest of a picture's source, and the picture or what is wrong with it."""
+    name = streamed.dataset.items[index].name
     try:
-        return streamed.picture(index)
+        source = streamed.dataset.reader.read(index)
+        picture = prepare(source, name, streamed.geometry, streamed.limits)
     except DataError as error:
-        return error
+        return b"", error
+    return _digest(source), picture
 
 
 def _in_order(
     num_threads: int, work: Callable[[Task], Result], tasks: Sequence[Task]
 ) -> Iterator[Result]:
     """Yield the results in the order of the tasks, with a bounded number of them in flight."""
+    if num_threads == 0:
+        yield from map(work, tasks)
+        return
     with ThreadPoolExecutor(max_workers=num_threads) as pool:
         waiting: deque[Future[Result]] = deque()
         for task in tasks:
@@ -271,29 +310,18 @@ def _bad_pictures(bad: list[DataError], total: int) -> DataError:
     return DataError("\n".join([*lines, "repair or remove them; nothing was changed"]))
 
 
-def _content_key(dataset: Dataset, geometry: Geometry, cache: Cache) -> str:
-    """Return a key of all pictures' content and the geometry.
+def _stamps(dataset: Dataset, geometry: Geometry) -> str:
+    """Return a key of the pictures' cheap stamps: sizes, times and inodes, or a ZIP's checksums.
 
     Reading every file only to name the cache would cost a pass over the disk in every run, so the
-    cheap stamps (size, times, inode; or a zip's checksums) remember the content's key.
+    stamps remember the key of the content.
     """
-    stamps = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    stamps.update(json.dumps([dataset.location, DECODER_VERSION, asdict(geometry)]).encode())
+    found = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    found.update(json.dumps([dataset.location, DECODER_VERSION, asdict(geometry)]).encode())
     for index, item in enumerate(dataset.items):
-        stamps.update(
-            f"{item.name}\0{dataset.reader.stamp(index)}\0".encode(errors="surrogatepass")
-        )
-    memo = cache.folder / "stamps" / f"{stamps.hexdigest()}.json"
-    known = _remembered(memo)
-    if known:
-        return known
-    content = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    content.update(json.dumps([DECODER_VERSION, asdict(geometry)]).encode())
-    for index in range(len(dataset.items)):
-        content.update(_digest(dataset, index))
-    key = content.hexdigest()
-    write_file(memo, json.dumps({"content": key}).encode())
-    return key
+        line = f"{item.name}\0{dataset.reader.stamp(index)}\0"
+        found.update(line.encode(errors="surrogatepass"))
+    return found.hexdigest()
 
 
 def _remembered(memo: Path) -> str | None:
@@ -304,17 +332,26 @@ def _remembered(memo: Path) -> str | None:
     return key if isinstance(key, str) and key.isalnum() else None
 
 
-def _digest(dataset: Dataset, index: int) -> bytes:
+def _content_key(geometry: Geometry, sources: Sequence[bytes]) -> str:
+    head = json.dumps([DECODER_VERSION, asdict(geometry)]).encode()
+    return _blake(head + b"".join(sources)).hex()
+
+
+def _source_digest(dataset: Dataset, index: int) -> bytes:
     try:
-        source = dataset.reader.read(index)
-    except ImageError:
-        raise
+        return _digest(dataset.reader.read(index))
     except DataError:
-        return b"unreadable"  # named, with all others, when the pictures are decoded
+        return b""  # named, with all others, when the pictures are decoded
+
+
+def _digest(source: bytes | NDArray[np.generic]) -> bytes:
     if isinstance(source, bytes):
-        return hashlib.blake2b(source, digest_size=DIGEST_BYTES).digest()
-    head = f"{source.shape}{source.dtype}".encode()
-    return hashlib.blake2b(head + source.tobytes(), digest_size=DIGEST_BYTES).digest()
+        return _blake(source)
+    return _blake(f"{source.shape}{source.dtype}".encode() + source.tobytes())
+
+
+def _blake(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 def _map(path: Path, num_items: int, geometry: Geometry) -> CachedPixels:
@@ -388,7 +425,4 @@ def batches(
     def fetch(part: NDArray[np.int64]) -> Batch:
         return Batch(store.gather(part), part)
 
-    if num_threads == 0:
-        yield from map(fetch, parts)
-        return
     yield from _in_order(num_threads, fetch, parts)

@@ -111,9 +111,9 @@ class Model:
             raise ModelFileError(f"{self.file.path}: the graph fails: {error}") from error
         answer = Predictions(*found)
         rows = answer.probabilities
-        fits = rows.shape == (len(pixels), len(self.classes)) and np.isfinite(answer.logits).all()
+        shape_fits = rows.shape == (len(pixels), len(self.classes))
         # So written, nan is refused too.
-        if not (fits and (rows >= 0).all() and (np.abs(rows.sum(axis=1) - 1) < 1e-3).all()):
+        if not (shape_fits and (rows >= 0).all() and (np.abs(rows.sum(axis=1) - 1) < 1e-3).all()):
             raise ModelFileError(
                 f"{self.file.path}: the graph's outputs are not probabilities of "
                 f"{len(self.classes)} classes; get a fresh copy, or train again"

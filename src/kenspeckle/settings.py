@@ -117,7 +117,7 @@ def with_settings(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
         0.001
     """
     pairs = [_pair(assignment) for assignment in assignments]
-    named = [pair for pair in pairs if pair[0] in {"model", "optimizer", "loss"}]
+    named = [pair for pair in pairs if pair[0] in {"model", "optimizer", "loss", "schedule"}]
     rest = [pair for pair in pairs if pair not in named]
     for key, word in named:
         recipe = dataclasses.replace(recipe, **{key: _renamed(recipe, key, word)})
@@ -150,6 +150,8 @@ def _renamed(recipe: Recipe, key: str, word: str) -> Any:  # noqa: ANN401 - any 
     name = _decode(_fields(kind)["name"], word, key)
     if name == old.name:
         return old
+    if key == "schedule":
+        return dataclasses.replace(old, name=name)
     if key == "loss":
         return LossConfig(name=name, class_weights=old.class_weights)
     keep = {k: getattr(old, k) for k in OPTIMIZER_OPTIONS[name]}

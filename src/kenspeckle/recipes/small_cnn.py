@@ -22,7 +22,7 @@ RECIPE = Recipe(
     # No mirroring: a mirrored letter, digit or traffic sign is another class, or none.
     augmentation=AugmentationConfig(shift=2, zoom=0.1),
     loss=LossConfig(name="cross-entropy", label_smoothing=0.1),
-    optimizer=OptimizerConfig(name="adamw", lr=3e-3, weight_decay=0.05),
+    optimizer=OptimizerConfig(name="muon", lr=0.08),
     schedule=ScheduleConfig(name="cosine", warmup=0.1),
     training=TrainingConfig(epochs=10, batch_size=128),
 )
