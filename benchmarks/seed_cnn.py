@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -172,33 +173,48 @@ def compare_time(data: Path, rounds: int) -> None:
     print(f"epoch from the cache:      {min(cached) / best:.3f} of the plain loop (bar 0.36)")
 
 
-def compare_accuracy(data: Path, seeds: int, epochs: int) -> None:
+def our_accuracies(target: Path, seeds: int, epochs: int) -> Iterator[float]:
+    """Yield the test accuracy of each seed, trained our way."""
+    task, _ = our_task(target / "train", target / "cache")
+    test, _ = our_task(target / "test", target / "cache")
+    for seed in range(seeds):
+        # The last epoch's weights, as in the plain loop: no validation split chooses.
+        network, _ = our_epochs(task, seed, epochs)
+        logits = logits_of(network, test, test.train, CPU)
+        yield float((logits.argmax(1) == test.labels).mean())
+
+
+def plain_accuracies(parts: list[datasets.ImageFolder], seeds: int, epochs: int) -> Iterator[float]:
+    """Yield the test accuracy of each seed, trained the plain way."""
+    train, test = parts
+    for seed in range(seeds):
+        network = plain_network(initial_weights(seed))
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+        for epoch in range(epochs):
+            plain_epoch(network, optimizer, train, permutation(len(train), seed, epoch), 2)
+        yield plain_accuracy(network, test)
+
+
+def compare_accuracy(data: Path, seeds: int, epochs: int, sides: list[str]) -> None:
     """Print test accuracies after training, ours and the plain loop's, seed by seed."""
+    means = []
     with tempfile.TemporaryDirectory() as name:
         target = Path(name)
-        train, test = folders(data, target)
-        task, _ = our_task(target / "train", target / "cache")
-        test_task, _ = our_task(target / "test", target / "cache")
-        assert train.class_to_idx == test.class_to_idx
-        ours, plain = [], []
-        for seed in range(seeds):
-            # The last epoch's weights, on both sides: the validation split is not used to choose.
-            network, _ = our_epochs(task, seed, epochs)
-            logits = logits_of(network, test_task, test_task.train, CPU)
-            ours.append(float((logits.argmax(1) == test_task.labels).mean()))
-            print(f"seed {seed}: ours {ours[-1]:.4f}", flush=True)
-            network = plain_network(initial_weights(seed))
-            optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
-            for epoch in range(epochs):
-                order = permutation(len(train), seed, epoch)
-                plain_epoch(network, optimizer, train, order, 2)
-            plain.append(plain_accuracy(network, test))
-            print(f"seed {seed}: plain {plain[-1]:.4f}", flush=True)
-    for name, values in (("ours", ours), ("plain", plain)):
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        print(f"{name}: {statistics.mean(values):.4f} ± {spread:.4f} over {seeds} seeds")
-    gap = abs(statistics.mean(ours) - statistics.mean(plain))
-    print(f"difference of the means: {100 * gap:.2f} points (bar 1)")
+        parts = folders(data, target)
+        runs = {
+            "ours": our_accuracies(target, seeds, epochs),
+            "plain": plain_accuracies(parts, seeds, epochs),
+        }
+        for side in sides:
+            values = []
+            for seed, accuracy in enumerate(runs[side]):
+                values.append(accuracy)
+                print(f"seed {seed}: {side} {accuracy:.4f}", flush=True)
+            spread = statistics.stdev(values) if seeds > 1 else 0.0
+            means.append(statistics.mean(values))
+            print(f"{side}: {means[-1]:.4f} ± {spread:.4f} over {seeds} seeds")
+    if len(means) == 2:
+        print(f"difference of the means: {100 * abs(means[0] - means[1]):.2f} points (bar 1)")
 
 
 if __name__ == "__main__":
@@ -208,8 +224,9 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=("ours", "plain"), default=["ours", "plain"])
     options = parser.parse_args()
     if options.what == "time":
         compare_time(options.data, options.rounds)
     else:
-        compare_accuracy(options.data, options.seeds, options.epochs)
+        compare_accuracy(options.data, options.seeds, options.epochs, options.sides)

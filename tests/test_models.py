@@ -14,7 +14,7 @@ from torch import nn
 from kenspeckle.config import MODEL_CONFIGS, CnnConfig, ModelConfig, ResNetConfig, SpeedConfig
 from kenspeckle.core import InvalidValueError
 from kenspeckle.layers import reseed, whiten_
-from kenspeckle.models import MODELS, build
+from kenspeckle.models import MODELS, build, cnn
 from kenspeckle.models.cnn import map_size
 from kenspeckle.models.speed import SMALLEST
 
@@ -239,6 +239,24 @@ def slow_linear(x, weight, bias):
 
 def arrays(module):
     return [p.detach().double().numpy() for p in module.parameters()]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="the layout is oneDNN's")
+@pytest.mark.parametrize("pooling", ["max", "average", "none"])
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("size", [(32, 32), (17, 23)])
+def test_the_layout_of_training_changes_no_gradient(pooling, batch_norm, size, monkeypatch):
+    config = CnnConfig((4, 6), pooling=pooling, batch_norm=batch_norm, hidden=(5,))
+    images, gradients = pictures(4, size), []
+    for has_onednn in (True, False):
+        monkeypatch.setattr(cnn, "_has_onednn", lambda _, answer=has_onednn: answer)
+        model = build(config, 3, size, seeded()).train()
+        model(images).square().sum().backward()
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        assert len(found) == len(list(model.parameters()))
+        gradients.append(torch.cat([g.reshape(-1) for g in found]))
+    scale = float(gradients[1].abs().max())
+    assert_allclose(gradients[0] / scale, gradients[1] / scale, atol=1e-5)
 
 
 # What follows a convolution; a window's side is a setting only where there is a window.

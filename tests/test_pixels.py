@@ -14,9 +14,9 @@ from kenspeckle.pixels import (
     CachedPixels,
     StreamedPixels,
     batches,
-    num_batches,
     open_pixels,
     permutation,
+    spans,
 )
 from kenspeckle.sources import open_dataset
 from tests.conftest import picture, png
@@ -191,7 +191,7 @@ def test_batches_do_not_depend_on_threads(folder, tmp_path, num_threads):
     np.testing.assert_array_equal(np.concatenate([b.items for b in found]), order)
     for batch in found:
         np.testing.assert_array_equal(batch.images, store.images[batch.items])
-    assert len(found) == num_batches(60, 7)
+    assert len(found) == len(spans(60, 7))
 
 
 def test_a_last_batch_of_one_joins_the_one_before():

@@ -7,6 +7,7 @@ neither files nor reports.
 import contextlib
 import copy
 import dataclasses
+import datetime as dt
 import math
 import threading
 import time
@@ -26,13 +27,14 @@ from kenspeckle.layers import Classifier, normalise, reseed
 from kenspeckle.losses import objective
 from kenspeckle.metrics import accuracy, log_loss
 from kenspeckle.optimizers import Ema, Update, accumulate, clip, optimizer, plain, schedule
-from kenspeckle.pixels import PixelStore, batches, num_batches, permutation
+from kenspeckle.pixels import PixelStore, batches, permutation, spans
 from kenspeckle.results import Epoch
 from kenspeckle.training import EarlyStopping, Step, autocast, train
 
 __all__ = ["EpochDone", "Learned", "Stage", "Task", "learn", "logits_of"]
 
 State = dict[str, Tensor]
+GROUP_BYTES = 2**21
 STEPS_BETWEEN_LOOKS = 50  # at the loss on an accelerator, where each look waits for the device
 
 
@@ -88,12 +90,20 @@ class EpochDone:
     num_epochs: int
     best: bool
 
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the last epoch ends, if each takes as long as this one."""
+        return self.epoch.seconds * (self.num_epochs - self.epoch.number)
+
     def __str__(self) -> str:
         e = self.epoch
+        left = (
+            f", {dt.timedelta(seconds=round(self.seconds_left))} left" if self.seconds_left else ""
+        )
         return (
             f"epoch {e.number}/{self.num_epochs}  train loss {e.train_loss:.3f}  "
             f"validation loss {e.validation_loss:.3f}  accuracy {e.validation_accuracy:.3f}"
-            f"{' (best)' if self.best else ''}  {e.seconds:.1f} s"
+            f"{' (best)' if self.best else ''}  {e.seconds:.1f} s{left}"
         )
 
 
@@ -140,11 +150,14 @@ class _Run:
         counts = np.bincount(task.labels[task.train], minlength=task.num_classes)
         self.item_loss = objective(recipe.loss, counts.tolist())
         self.optimizer = optimizer(recipe.optimizer, network)
-        self.num_steps = num_batches(len(task.train), recipe.training.batch_size)
+        self.num_steps = len(spans(len(task.train), recipe.training.batch_size))
         moves = 1 if recipe.optimizer.name == "gd" else self.num_steps
         self.factor = schedule(recipe.schedule, recipe.training.epochs * moves)
         self.steps_per_move = self.num_steps // moves
         self.ema = Ema(network, recipe.training.ema_decay) if recipe.training.ema_decay else None
+        # Small pictures are fetched and augmented many batches at a time; calls would cost more.
+        one = task.store.gather(task.train[:1]).nbytes * recipe.training.batch_size
+        self.group_size = recipe.training.batch_size * max(1, GROUP_BYTES // one)
         self.hits = torch.zeros((), dtype=torch.int64, device=device)
         self.num_seen = 0
 
@@ -160,15 +173,16 @@ class _Run:
         return self.item_loss(logits, labels)
 
     def feed(self, epoch: int, num_threads: int) -> Iterator[tuple[Tensor, Tensor]]:
-        seed, task = self.recipe.seed, self.task
+        seed, task, batch_size = self.recipe.seed, self.task, self.recipe.training.batch_size
         order = task.train[permutation(len(task.train), seed, epoch)]
-        for batch in batches(task.store, order, self.recipe.training.batch_size, num_threads):
-            items = torch.from_numpy(batch.items)
-            labels = torch.from_numpy(task.labels[batch.items]).to(self.device)
-            images = torch.from_numpy(batch.images).to(self.device)
-            images = augment(images, items.to(self.device), self.recipe.augmentation, seed, epoch)
-            norm = task.normalisation
-            yield normalise(images, norm.mean, norm.deviation), labels
+        norm = task.normalisation
+        for group in batches(task.store, order, self.group_size, num_threads):
+            items = torch.from_numpy(group.items).to(self.device)
+            images = torch.from_numpy(group.images).to(self.device)
+            images = augment(images, items, self.recipe.augmentation, seed, epoch)
+            labels = torch.from_numpy(task.labels[group.items]).to(self.device)
+            for part in spans(len(items), batch_size):
+                yield normalise(images[part], norm.mean, norm.deviation), labels[part]
 
     def steps(self, epoch: int, num_threads: int) -> Generator[Step, None, None]:
         reseed(self.network, self.recipe.seed, epoch)

@@ -38,9 +38,9 @@ __all__ = [
     "StreamedPixels",
     "batches",
     "default_cache_folder",
-    "num_batches",
     "open_pixels",
     "permutation",
+    "spans",
 ]
 
 Task = TypeVar("Task")
@@ -383,16 +383,19 @@ def permutation(num_items: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return generator.permutation(num_items)
 
 
-def num_batches(num_items: int, batch_size: int) -> int:
-    """Return how many batches `batches` makes of so many pictures."""
-    return len(_cuts(num_items, batch_size))
+def spans(num_items: int, batch_size: int) -> list[slice]:
+    """Return the batches of so many pictures; a last one of a single picture joins the one before.
 
+    Batch normalisation cannot learn from one picture.
 
-def _cuts(num_items: int, batch_size: int) -> list[int]:
+    Example:
+        >>> spans(5, 2)
+        [slice(0, 2, None), slice(2, 5, None)]
+    """
     cuts = list(range(0, num_items, batch_size))
     if len(cuts) > 1 and num_items - cuts[-1] == 1:
         cuts.pop()
-    return cuts
+    return [slice(a, b) for a, b in itertools.pairwise([*cuts, num_items])]
 
 
 def batches(
@@ -401,10 +404,9 @@ def batches(
     batch_size: int,
     num_threads: int = 0,
 ) -> Iterator[Batch]:
-    """Yield the pictures of `items` in that order, `batch_size` at a time.
+    """Yield the pictures of `items` in that order, cut as `spans` says.
 
-    A last batch of a single picture joins the one before it, since batch normalisation cannot
-    learn from one. The batches are the same for every number of threads.
+    The batches are the same for every number of threads.
 
     Args:
         store: where the pictures are.
@@ -419,8 +421,7 @@ def batches(
     """
     if num_threads < 0:
         raise InvalidValueError(f"num_threads must be at least 0; got {num_threads}")
-    cuts = _cuts(len(items), batch_size)
-    parts = [items[a:b] for a, b in itertools.pairwise([*cuts, len(items)])]
+    parts = [items[part] for part in spans(len(items), batch_size)]
 
     def fetch(part: NDArray[np.int64]) -> Batch:
         return Batch(store.gather(part), part)

@@ -25,7 +25,7 @@ RECIPE = Recipe(
     pixels=PixelsConfig(size=(32, 32)),
     augmentation=AugmentationConfig(flip=True, shift=2),
     loss=LossConfig(name="cross-entropy", label_smoothing=0.2),
-    optimizer=OptimizerConfig(name="muon", lr=0.1),
+    optimizer=OptimizerConfig(name="muon", lr=0.16),
     schedule=ScheduleConfig(name="linear", warmup=0.2),
-    training=TrainingConfig(epochs=8, batch_size=256),
+    training=TrainingConfig(epochs=10, batch_size=128),
 )
