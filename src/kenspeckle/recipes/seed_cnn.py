@@ -16,7 +16,8 @@ __all__ = ["RECIPE"]
 
 RECIPE = Recipe(
     name="seed-cnn",
-    promise="not measured yet",
+    promise="CIFAR-10, 85 % of its training pictures: test accuracy 0.567 ± 0.026 (3 seeds), "
+    "about 70 s on 2 CPU cores; with all of them, 0.609 ± 0.019",
     model=CnnConfig(channels=(32, 64), kernel_size=3, padding=1, pooling="max", hidden=(128,)),
     pixels=PixelsConfig(size=(32, 32), mean=(0.5, 0.5, 0.5), deviation=(0.5, 0.5, 0.5)),
     loss=LossConfig(name="cross-entropy"),

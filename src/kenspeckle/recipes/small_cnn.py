@@ -17,7 +17,8 @@ __all__ = ["RECIPE"]
 
 RECIPE = Recipe(
     name="small-cnn",
-    promise="not measured yet",
+    promise="CIFAR-10, 85 % of its training pictures: test accuracy 0.821 ± 0.004 (3 seeds), "
+    "about 170 s on 2 CPU cores",
     model=CnnConfig(channels=(32, 64, 128), hidden=(), batch_norm=True),
     # No mirroring: a mirrored letter, digit or traffic sign is another class, or none.
     augmentation=AugmentationConfig(shift=2, zoom=0.1),
