@@ -16,13 +16,13 @@ import statistics
 import tempfile
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from recipes import unpack
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
@@ -100,13 +100,7 @@ def folders(data: Path, target: Path) -> list[datasets.ImageFolder]:
             transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         ]
     )
-    for part in ("train", "test"):
-        with zipfile.ZipFile(data / f"cifar10-{part}.zip") as archive:
-            for member in archive.namelist():
-                if not member.endswith("/"):
-                    path = target / part / member
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(archive.read(member))
+    unpack(data, target)
     return [datasets.ImageFolder(str(target / part), chain) for part in ("train", "test")]
 
 

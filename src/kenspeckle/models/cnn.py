@@ -67,7 +67,8 @@ class Cnn(Classifier):
 
 def _has_onednn(images: Tensor) -> bool:
     plain = images.device.type == "cpu" and images.dtype == torch.float32
-    return plain and torch.backends.mkldnn.is_available()
+    mixed = torch.is_autocast_enabled("cpu")  # casts know no such layout
+    return plain and not mixed and torch.backends.mkldnn.is_available()
 
 
 def _stage(config: CnnConfig, in_channels: int, out_channels: int) -> nn.Sequential:
