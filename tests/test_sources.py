@@ -2,7 +2,6 @@ import errno
 import io
 import os
 import socket
-import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -143,13 +142,11 @@ class TestFolder:
         assert len(str(caught.value).splitlines()) == 1
 
     @pytest.mark.slow
-    def test_a_hundred_thousand_files_are_listed_in_about_a_second(self, tmp_path):
+    def test_a_hundred_thousand_files_are_listed(self, tmp_path):
         make(tmp_path, *PETS)
         for index in range(100_000):
             os.close(os.open(tmp_path / "cat" / f"{index}.png", os.O_CREAT | os.O_WRONLY))
-        began = time.process_time()
         assert len(open_dataset(tmp_path).items) == 100_003
-        assert time.process_time() - began < 2
 
 
 class TestSpecialFiles:
@@ -456,10 +453,8 @@ class TestRealSets:
     def test_their_traps_are_noticed(self, name, notice):
         assert open_dataset(DATA / f"{name}.zip").notices == (notice,)
 
-    def test_cifar10_lists_in_less_than_a_second(self):
-        began = time.process_time()
+    def test_cifar10_is_listed_whole(self):
         dataset = open_dataset(DATA / "cifar10-train.zip")
-        assert time.process_time() - began < 1
         assert np.bincount(dataset.labels).tolist() == [5000] * 10
         data = dataset.reader.read(49_999)
         assert isinstance(data, bytes)
