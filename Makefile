@@ -48,10 +48,10 @@ clean: ## remove environments, caches and the demo's files
 $(READY): pyproject.toml constraints/default.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; found " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/default.txt -e '.[train,parquet,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/default.txt -e '.[train,check,parquet,dev]'
 	touch $@
 
 $(ZOO_READY): pyproject.toml constraints/zoo.txt
 	$(PYTHON) -m venv $(ZOO)
-	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/zoo.txt -e '.[train,parquet,zoo,dev]'
+	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/zoo.txt -e '.[train,check,parquet,zoo,dev]'
 	touch $@

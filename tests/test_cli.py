@@ -43,7 +43,8 @@ def ken(monkeypatch, capsys, tmp_path):
 
 def one_line(err: str) -> str:
     """Return the one error message; notices may stand before it."""
-    lines = [line for line in err.splitlines() if not line.startswith(("note: ", "reading"))]
+    lines = [line for line in err.splitlines() if not line.startswith("note: ")]
+    lines = [line for line in lines if not line.endswith(" …")]
     assert len(lines) == 1, err
     assert lines[0].startswith("error: ")
     return lines[0]
@@ -89,6 +90,9 @@ def test_the_main_job_end_to_end(ken, folder, tmp_path):
     (run_folder,) = (tmp_path / "runs").iterdir()
     assert {p.name for p in run_folder.iterdir()} == {
         "best.safetensors",
+        "check.html",
+        "check.json",
+        "findings.csv",
         "log.jsonl",
         "recipe.json",
         "report.html",

@@ -26,6 +26,7 @@ TINY = {
     "cnn": ["channels=4", "hidden=8"],
     "resnet": ["model=resnet", "channels=4,6", "num_blocks=1"],
     "speed": ["model=speed", "channels=6,6,6"],
+    "efficientnet-lite": ["model=efficientnet-lite"],
 }
 
 
@@ -218,6 +219,8 @@ EFFECTS = [
     ("resnet", [], "model.dropout", 0.5),
     ("speed", [], "model.channels", [6, 6, 8]),
     ("speed", [], "model.logit_scale", 1.0),
+    ("efficientnet-lite", [], "model.variant", 1),
+    ("efficientnet-lite", [], "model.dropout", 0.5),
     ("cnn", [], "pixels.size", [12, 16]),
     ("cnn", [], "pixels.fit", "crop"),
     ("cnn", [], "pixels.fit", "pad"),

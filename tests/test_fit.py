@@ -79,6 +79,7 @@ def finished(given):
 def test_events_come_in_order(given):
     words = [e.name if isinstance(e, Stage) else type(e).__name__ for e in given]
     assert [word for word, _ in itertools.groupby(words)] == [
+        *["looking at every picture", "comparing pictures", "looking for shortcuts"],
         *["reading pictures", "Notice"],
         *["training", "EpochDone"] * 3,
         *["evaluating and saving", "Finished"],
@@ -109,7 +110,10 @@ def test_pictures_on_both_sides_of_a_given_split_are_said(given, finished):
 def test_the_run_folder_holds_everything(finished):
     folder, report = finished.run_folder, finished.report
     names = {"best.safetensors", "log.jsonl", "recipe.json", "report.html", "report.json"}
-    assert {path.name for path in folder.iterdir()} == names | {"split.csv"}
+    assert {path.name for path in folder.iterdir()} == names | {
+        "split.csv",
+        *("check.html", "check.json", "findings.csv"),
+    }
     recipe = from_dict(json.loads((folder / "recipe.json").read_bytes()))
     assert recipe == quick_recipe("epochs=3")
     assert report.recipe == to_dict(recipe)

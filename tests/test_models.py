@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
-from kenspeckle.config import MODEL_CONFIGS, CnnConfig, ModelConfig, ResNetConfig, SpeedConfig
+from kenspeckle.config import (
+    MODEL_CONFIGS,
+    CnnConfig,
+    EfficientNetLiteConfig,
+    ModelConfig,
+    ResNetConfig,
+    SpeedConfig,
+)
 from kenspeckle.core import InvalidValueError
 from kenspeckle.layers import reseed, whiten_
 from kenspeckle.models import MODELS, build, cnn
@@ -26,6 +33,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "resnet": ResNetConfig(channels=(6, 8), num_blocks=2, dropout=0.2),
     "resnet-one-stage": ResNetConfig(channels=(6,), num_blocks=1),
     "speed": SpeedConfig(channels=(6, 8, 10)),
+    "efficientnet-lite": EfficientNetLiteConfig(),
 }
 NUM_CLASSES = 3
 SIZES = [(16, 16), (17, 23), (31, 16)]

@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_nothing_half_and_says_what_to_do(folder, tmp_path, m
 
 def test_every_broken_picture_is_named(folder, tmp_path):
     (folder / "blue" / "text.jpg").write_text("not a picture at all")
-    with pytest.raises(ImageError, match=r"blue/text\.jpg: "):
+    with pytest.raises(DataError, match=r"blue/text\.jpg: "):
         opened(folder, Cache(tmp_path / "c"))
     (folder / "red" / "empty.png").write_bytes(b"")
     with pytest.raises(

@@ -1,17 +1,13 @@
 """The report: what it says in words, what stands in the page, and how it behaves in a browser."""
 
 import dataclasses
-import io
 import math
 import re
-import shutil
 import sys
-from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from kenspeckle import reports
 from kenspeckle.core import MissingExtraError
@@ -24,31 +20,11 @@ from kenspeckle.results import (
     Report,
     TrainingSummary,
 )
+from tests.test_pages import NAUGHTY, Page, assert_self_contained, browse, thumbnail
 
 TEN = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-# Most are of the kind that the Big List of Naughty Strings collects.
-NAUGHTY = (
-    "<script>alert(1)</script>",
-    "\"><img src=x onerror='alert(1)'>",
-    "{{ 7 * 7 }}{% raw %}",
-    "a&amp;b & c &#60;",
-    "]]></style></svg>--><!--",
-    "javascript:alert(1)",
-    "Ω≈ç√ 田中さん 👩‍👩‍👧‍👧",
-    "בְּרֵאשִׁית ﷽ الصفحات",
-    "x" * 200,
-    "%s%n $(rm) `ls` ../../etc/passwd",
-)
 SECTIONS = ("measures", "data", "training", "classes", "confusions", "mistakes", "model", "making")
 DASH, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
-VOID = {"meta", "link", "img", "br"}
-
-
-def thumbnail(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(256, size=(48, 48, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def make_report(classes: tuple[str, ...] = TEN, num_items: int = 400, seed: int = 0) -> Report:
@@ -99,40 +75,6 @@ def answering(confusion: list[list[int]], report: Report, classes: tuple[str, ..
     return dataclasses.replace(report, test=scores, mistakes=())
 
 
-class Page(HTMLParser):
-    """Collects the tags, attributes and text of a page, and checks that its tags are closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text.append(data)
-
-    def values(self, attribute: str) -> list[str]:
-        return [value for _, name, value in self.attributes if name == attribute]
-
-
 @pytest.fixture(scope="module")
 def report():
     return make_report()
@@ -153,16 +95,8 @@ def test_the_page_is_whole_and_has_its_sections_once(page):
     assert page.tags.count("svg") == 2
 
 
-def test_nothing_is_loaded_from_elsewhere(report, page):
-    assert not {"script", "iframe", "object", "embed"} & set(page.tags)
-    for tag, name, value in page.attributes:
-        assert not name.startswith("on"), (tag, name)
-        if name in {"src", "href", "xlink:href", "action", "data", "poster", "srcset"}:
-            assert value.startswith(("data:", "#")), (tag, name, value)
-    text = reports.render(report)
-    assert not re.search(r"url\((?!#)|@import", text)
-    policy = next(v for t, n, v in page.attributes if t == "meta" and v.startswith("default-src"))
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+def test_nothing_is_loaded_from_elsewhere(report):
+    assert_self_contained(reports.render(report))
 
 
 def test_references_within_the_charts_are_to_their_own_identifiers(report, page):
@@ -227,7 +161,7 @@ def test_the_same_report_gives_the_same_page_whatever_the_users_plot_style(repor
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
 def test_a_missing_package_is_named_with_its_extra(package, report, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match="the HTML report needs the extra 'train'"):
+    with pytest.raises(MissingExtraError, match="an HTML page needs the extra 'train'"):
         reports.render(report)
 
 
@@ -406,44 +340,5 @@ def test_a_percentage_is_0_or_100_only_when_the_share_is(share, words, report):
 
 @pytest.mark.slow
 def test_in_a_browser_nothing_fails_is_requested_or_overflows(tmp_path):
-    browsers: Any = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    complaints: list[str] = []
-    switches = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    switches += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with browsers.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=switches)
-        for name, classes in (
-            ("ten", TEN),
-            ("naughty", NAUGHTY),
-            ("many", tuple(map(str, range(60)))),
-        ):
-            path = tmp_path / f"{name}.html"
-            path.write_text(reports.render(make_report(classes)), encoding="utf-8")
-            for width in (400, 1400):
-                for scheme in ("light", "dark"):
-                    page = browser.new_page(
-                        viewport={"width": width, "height": 900}, color_scheme=scheme
-                    )
-                    page.on("console", lambda message: complaints.append(message.text))
-                    page.on("pageerror", lambda error: complaints.append(str(error)))
-                    page.on("request", lambda request: complaints.append(request.url[:80]))
-                    page.goto(path.as_uri())
-                    assert page.evaluate("document.documentElement.scrollWidth") == width
-                    # A table may be wider than the page, but then its own frame scrolls.
-                    escaped = page.evaluate(
-                        "[...document.querySelectorAll('body *')].filter(e =>"
-                        " !e.closest('.scroll *')"
-                        " && e.getBoundingClientRect().right > innerWidth + 1).length"
-                    )
-                    assert escaped == 0
-                    loaded = page.evaluate("[...document.images].every(i => i.naturalWidth > 0)")
-                    assert loaded
-                    page.close()
-        browser.close()
-    own = [text for text in complaints if not text.startswith(("file:", "data:"))]
-    assert own == []
-    pages = [text for text in complaints if text.startswith("file:")]
-    assert len(pages) == 3 * 2 * 2  # the page itself, and no file beside it
+    sets = {"ten": TEN, "naughty": NAUGHTY, "many": tuple(map(str, range(60)))}
+    browse(tmp_path, {name: reports.render(make_report(sets[name])) for name in sets})

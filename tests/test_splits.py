@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kenspeckle.core import DataError, InvalidValueError, WriteError
 from kenspeckle.names import Split
-from kenspeckle.sources import ArrayReader, Dataset, Item, open_dataset
+from kenspeckle.readers import ArrayReader
+from kenspeckle.sources import Dataset, Item, open_dataset
 from kenspeckle.splits import assign, write_split
 
 
@@ -283,7 +284,7 @@ class TestWriteSplit:
     def test_names_are_no_formulas(self, tmp_path, name):
         write_split(tmp_path / "split.csv", dataset_of([Item(name, 0)]), ("train",))
         text = (tmp_path / "split.csv").read_bytes().decode()
-        assert list(csv.reader(io.StringIO(text)))[1][0] == f"./{name}"
+        assert list(csv.reader(io.StringIO(text)))[1][0] == f"'{name}"
 
     def test_a_file_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").touch()

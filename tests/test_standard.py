@@ -279,7 +279,7 @@ class TestTorchvision:
             open_dataset("cifar10", data_dir=tmp_path, offline=True)
 
     def test_svhn(self, tmp_path, monkeypatch):
-        from scipy.io import savemat  # type: ignore[import-untyped]
+        from scipy.io import savemat
         from torchvision.datasets import SVHN
 
         listed = {}

@@ -10,15 +10,16 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from kenspeckle.core import InvalidValueError, KenError, MissingPathError
+from kenspeckle.progress import say, watch
 
 if TYPE_CHECKING:
     from kenspeckle.config import Recipe
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 INTERRUPTED = 130
+Word = TypeVar("Word", bound=str)
 
 FIRST_STEPS = """\
 ken: pictures in, answers you can defend out.
@@ -59,6 +61,21 @@ DataFolder = Annotated[
     Path | None, typer.Option("--data-dir", help="Where standard sets are, or are put.")
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+Group = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Pictures that belong together (a patient, a film) stay on one side of the split: "
+        "'folder', or a regular expression that finds the group in a picture's name.",
+    ),
+]
+Threads = Annotated[int, typer.Option(min=0, help="Compute threads; 0 takes all cores.")]
+CacheFolder = Annotated[
+    Path | None, typer.Option("--cache-dir", help="Where decoded pictures are kept.")
+]
+CacheLimit = Annotated[
+    float, typer.Option(min=0, help="Largest cache in GB; 0 decodes in every epoch.")
+]
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL.ken", help="A model file.")]
 
 
@@ -101,13 +118,94 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _one_of(option: str, word: str, known: tuple[Word, ...]) -> Word:
+    for allowed in known:
+        if word == allowed:
+            return allowed
+    raise InvalidValueError(f"{option} must be one of {', '.join(known)}; got '{word}'")
 
 
 def _require_file(path: Path) -> None:
     if not path.exists():
         raise MissingPathError(f"{path}: no such file")
+
+
+@app.command(epilog="Example:  ken check flowers/ --write-fixes fixes.csv")
+def check(
+    data: Annotated[str, typer.Argument(help="Labelled pictures, in any form that train takes.")],
+    labels: Annotated[
+        bool,
+        typer.Option(
+            help="Look for wrong labels, outliers and what more pictures would bring too; takes "
+            "some milliseconds a picture."
+        ),
+    ] = True,
+    write_fixes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv", help="Write a manifest with the doubtful pictures marked, to edit."
+        ),
+    ] = None,
+    group: Group = None,
+    run_folder: Annotated[
+        Path | None,
+        typer.Option(help="Where the page and the findings go. [default: runs/NAME-TIME]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of folds and samples.")] = 0,
+    threads: Threads = 0,
+    cache_folder: CacheFolder = None,
+    cache_limit: CacheLimit = 10.0,
+    label_column: LabelColumn = None,
+    data_folder: DataFolder = None,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is wrong with DATA, file by file, before training; nothing is altered.
+
+    Exit code 1 when something would stop training, else 0.
+    """
+    from kenspeckle import checkfiles, checkpage
+    from kenspeckle.files import new_run_folder
+    from kenspeckle.health import examine
+    from kenspeckle.images import Limits
+    from kenspeckle.pixels import Cache, default_cache_folder
+    from kenspeckle.sources import open_dataset
+    from kenspeckle.splits import with_groups
+
+    dataset = open_dataset(
+        data,
+        label_column=label_column,
+        data_dir=data_folder,
+        offline=offline,
+        notify=say,
+        min_classes=1,
+    )
+    if group is not None:
+        dataset = with_groups(dataset, group)
+    if write_fixes is not None:
+        checkfiles.check_fixes(write_fixes, dataset)
+    folder = new_run_folder(f"{dataset.name}-check", run_folder)
+    cache = Cache(cache_folder or default_cache_folder(), int(cache_limit * 1e9))
+    limits = Limits()
+    examined = watch(
+        examine(dataset, limits, cache, labels=labels, seed=seed, num_threads=threads),
+        quiet or as_json,
+    )
+    checkfiles.write_health(folder, examined, limits)
+    if write_fixes is not None:
+        num_doubts = checkfiles.write_fixes(write_fixes, examined)
+        say(
+            f"wrote {write_fixes}: {num_doubts:,} doubtful pictures first; edit the column label "
+            f"or delete rows, then: ken train {write_fixes}"
+        )
+    if as_json:
+        print(json.dumps(examined.health.to_dict(), indent=1))
+    else:
+        print(checkpage.summary(examined.health), end="")
+        print(f"\npage      {folder / 'check.html'}\nfindings  {folder / 'findings.csv'}")
+    if any(finding.severity == "error" for finding in examined.health.findings):
+        sys.exit(1)
 
 
 @app.command(epilog="Example:  ken train sample --out sample.ken")
@@ -137,19 +235,22 @@ def train(
         int | None, typer.Option(help="The number all random choices come from.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0 takes all cores.")] = 0,
+    threads: Threads = 0,
     loader_threads: Annotated[
         int, typer.Option(min=0, help="Threads that fetch pictures ahead of the training.")
     ] = 0,
     run_folder: Annotated[
         Path | None, typer.Option(help="Where logs and reports go. [default: runs/NAME-TIME]")
     ] = None,
-    cache_folder: Annotated[
-        Path | None, typer.Option("--cache-dir", help="Where decoded pictures are kept.")
-    ] = None,
-    cache_limit: Annotated[
-        float, typer.Option(min=0, help="Largest cache in GB; 0 decodes in every epoch.")
-    ] = 10.0,
+    cache_folder: CacheFolder = None,
+    cache_limit: CacheLimit = 10.0,
+    on_bad: Annotated[
+        str, typer.Option(help="Pictures that cannot be decoded: stop before training, or skip.")
+    ] = "stop",
+    max_bad: Annotated[
+        float, typer.Option(min=0, max=1, help="Largest share of pictures that is skipped.")
+    ] = 0.25,
+    group: Group = None,
     label_column: LabelColumn = None,
     data_folder: DataFolder = None,
     offline: Offline = False,
@@ -164,6 +265,7 @@ def train(
     from kenspeckle.fit import Options, fit
     from kenspeckle.pixels import Cache, default_cache_folder
     from kenspeckle.sources import open_dataset
+    from kenspeckle.splits import with_groups
     from kenspeckle.wording import finished_text
 
     options = Options(
@@ -174,16 +276,21 @@ def train(
         thumbnails=thumbnails,
         overwrite=force,
         run_folder=run_folder,
+        on_bad=_one_of("--on-bad", on_bad, ("stop", "skip")),
+        max_bad=max_bad,
         command="ken " + shlex.join(sys.argv[1:]),
     )
     changes = {"epochs": epochs, "size": size, "seed": seed}
     assignments = [f"{name}={value}" for name, value in changes.items() if value is not None]
     chosen = _recipe(recipe, [*(set_ or []), *assignments])
     dataset = open_dataset(
-        data, label_column=label_column, data_dir=data_folder, offline=offline, notify=_say
+        data, label_column=label_column, data_dir=data_folder, offline=offline, notify=say
     )
+    if group is not None:
+        dataset = with_groups(dataset, group)
     with _stop_on_interrupt() as stop:
-        finished = _watch(fit(dataset, chosen, out, options, stop), quiet or as_json)
+        events = fit(dataset, chosen, out, options, stop)
+        finished = watch(_finished(events), quiet or as_json)
     if as_json:
         print(json.dumps(finished.to_dict(), indent=1))
     else:
@@ -227,70 +334,18 @@ class _stop_on_interrupt:  # noqa: N801 - used as a verb: with _stop_on_interrup
         if self._stop.is_set():
             raise KeyboardInterrupt
         self._stop.set()
-        _say("\nstopping: the best model so far is being saved (Ctrl-C again to end at once)")
+        say("\nstopping: the best model so far is being saved (Ctrl-C again to end at once)")
 
 
-def _watch(events: Iterator["Event"], quiet: bool) -> "Finished":
-    """Draw the events of a run as they come, and return the last."""
+def _finished(events: Iterator["Event"]) -> Generator["Event", None, "Finished"]:
+    """Return the last event of a training."""
     from kenspeckle.fit import Finished
 
-    draw = _silent if quiet else _bars if sys.stderr.isatty() else _lines
-    last = None
-    for event in draw(events):
-        last = event
-    if not isinstance(last, Finished):
-        raise KenError("training ended without a result")  # fit's last event is Finished
-    return last
-
-
-def _silent(events: Iterator["Event"]) -> Iterator["Event"]:
-    yield from events
-
-
-def _lines(events: Iterator["Event"]) -> Iterator["Event"]:
-    """One line for each thing worth keeping, for logs and pipes."""
-    from kenspeckle.fit import EpochDone, Notice, Stage
-
-    stage = ""
     for event in events:
-        if isinstance(event, Notice | EpochDone):
-            _say(str(event))
-        elif isinstance(event, Stage) and event.name != stage:
-            stage = event.name
-            _say(f"{stage} …")
+        if isinstance(event, Finished):
+            return event
         yield event
-
-
-def _bars(events: Iterator["Event"]) -> Iterator["Event"]:
-    """A live bar with the time left, and the same lines as `_lines` above it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    from kenspeckle.fit import EpochDone, Notice, Stage
-
-    columns = ("[progress.description]{task.description}", "{task.completed}/{task.total}")
-    bar = Progress(
-        TextColumn(columns[0]),
-        BarColumn(),
-        TextColumn(columns[1]),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    task = bar.add_task("starting", total=None, detail="")
-    stage = ""
-    with bar:
-        for event in events:
-            if isinstance(event, Notice | EpochDone):
-                bar.console.print(Text(str(event)))
-            elif isinstance(event, Stage):
-                if event.name != stage:
-                    stage = event.name
-                    bar.reset(task, total=event.total, description=stage)
-                bar.update(task, completed=event.done, total=event.total, detail=event.detail)
-            yield event
+    raise KenError("training ended without a result")  # fit's last event is Finished
 
 
 @app.command(epilog="Example:  ken evaluate flowers.ken new_pictures/")
@@ -311,20 +366,19 @@ def evaluate(
     from kenspeckle.sources import open_dataset
     from kenspeckle.wording import scores_text
 
-    if split not in (known := ("train", "validation", "test", "all")):
-        raise InvalidValueError(f"--split must be one of {', '.join(known)}; got '{split}'")
+    _one_of("--split", split, ("train", "validation", "test", "all"))
     dataset = open_dataset(
         data,
         label_column=label_column,
         data_dir=data_folder,
         offline=offline,
-        notify=_say,
+        notify=say,
         min_classes=1,
     )
     scores = judge(model, dataset, split)
     if not quiet:
         for notice in dataset.notices:
-            _say(f"note: {notice}")
+            say(f"note: {notice}")
     if as_json:
         print(json.dumps(scores.to_dict(), indent=1))
     else:
@@ -340,7 +394,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 1,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the result as CSV.")] = False,
-    threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0 takes all cores.")] = 0,
+    threads: Threads = 0,
     quiet: Quiet = False,
 ) -> None:
     """Say what is on pictures: label and probability, one line each. Needs no torch."""
@@ -357,11 +411,11 @@ def predict(
     for line, error in form(loaded, paths, min(top, len(loaded.classes))):
         if error is not None:
             failed += 1
-            _say(f"error: {error}")
+            say(f"error: {error}")
         if line is not None:
             print(line, end="")
     if failed and not quiet:
-        _say(f"{failed} of {len(paths)} pictures could not be used")
+        say(f"{failed} of {len(paths)} pictures could not be used")
     if failed:
         sys.exit(1)
 

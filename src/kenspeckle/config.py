@@ -14,6 +14,7 @@ __all__ = [
     "OPTIMIZER_OPTIONS",
     "AugmentationConfig",
     "CnnConfig",
+    "EfficientNetLiteConfig",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -131,12 +132,31 @@ class SpeedConfig:
         require(self.logit_scale > 0, "logit_scale", "above 0", self.logit_scale)
 
 
-ModelConfig = CnnConfig | ResNetConfig | SpeedConfig
+@dataclass(frozen=True)
+class EfficientNetLiteConfig:
+    """A deep network of few operations, for pretrained weights (EfficientNet-Lite).
+
+    Attributes:
+        variant: 0, 1 or 2, each larger than the one before.
+        dropout: share of the embedding dropped before the classes.
+    """
+
+    family: ClassVar[str] = "efficientnet-lite"
+    variant: int = 0
+    dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        require(self.variant in {0, 1, 2}, "variant", "0, 1 or 2", self.variant)
+        _fraction(dropout=self.dropout)
+
+
+ModelConfig = CnnConfig | ResNetConfig | SpeedConfig | EfficientNetLiteConfig
 
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {
     "cnn": CnnConfig,
     "resnet": ResNetConfig,
     "speed": SpeedConfig,
+    "efficientnet-lite": EfficientNetLiteConfig,
 }
 
 

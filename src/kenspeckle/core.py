@@ -34,6 +34,7 @@ __all__ = [
     "Normalisation",
     "Pixels",
     "Predictions",
+    "Stage",
     "TrainingError",
     "WriteError",
     "nearest",
@@ -161,6 +162,23 @@ class Predictions:
     logits: NDArray[np.float32]
     probabilities: NDArray[np.float32]
     embedding: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Work under way.
+
+    Attributes:
+        name: what is being done.
+        done: units finished.
+        total: units in all.
+        detail: the latest measurement, in words.
+    """
+
+    name: str
+    done: int
+    total: int
+    detail: str = ""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ stands there, never a part (Pillai et al., OSDI 2014, "All File Systems Are Not 
 """
 
 import contextlib
+import datetime as dt
 import errno
 import os
 import shutil
@@ -15,9 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from kenspeckle.core import DataError, MissingPathError, WriteError, printable
+from kenspeckle.core import (
+    DataError,
+    InvalidValueError,
+    MissingPathError,
+    WriteError,
+    printable,
+)
 
-__all__ = ["PART_SUFFIX", "read_file", "replacing", "write_file"]
+__all__ = ["PART_SUFFIX", "file_stem", "new_run_folder", "read_file", "replacing", "write_file"]
 
 PART_SUFFIX = ".part"
 """Ends the temporary name of a file that is being written."""
@@ -47,6 +54,34 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):  # the rename took it, or it never came to be
             part.unlink()
     _flush_folder(path)
+
+
+def file_stem(name: str) -> str:
+    """Return `name` with what is awkward in a file name left out.
+
+    Example:
+        >>> file_stem("my flowers (2)")
+        'my-flowers--2'
+    """
+    kept = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+    return kept.strip("-")[:60] or "pictures"
+
+
+def new_run_folder(name: str, wanted: Path | None) -> Path:
+    """Return a folder that is new or empty: `wanted`, or ``runs/NAME-TIME`` when that is None.
+
+    Raises:
+        InvalidValueError: `wanted` is in use.
+    """
+    if wanted is None:
+        stem = f"{file_stem(name)}-{dt.datetime.now().astimezone():%Y%m%d-%H%M%S}"
+        tries = [Path("runs") / stem, *(Path("runs") / f"{stem}-{n}" for n in range(2, 1000))]
+        return next(path for path in tries if not path.exists())
+    if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+        raise InvalidValueError(
+            f"--run-folder must be new or empty; {printable(str(wanted))} is not"
+        )
+    return wanted
 
 
 def write_file(path: Path, data: bytes) -> None:

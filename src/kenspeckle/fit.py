@@ -5,7 +5,6 @@
 written last, and only if its graph answers as the network does.
 """
 
-import datetime as dt
 import json
 import os
 import threading
@@ -13,17 +12,20 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from kenspeckle import recipes, reports
+from kenspeckle.checkfiles import write_health, write_skipped
+from kenspeckle.checks.copies import leaked
 from kenspeckle.config import Recipe
-from kenspeckle.core import InvalidValueError
+from kenspeckle.core import InvalidValueError, Stage
 from kenspeckle.export import to_safetensors
-from kenspeckle.files import write_file
+from kenspeckle.files import file_stem, new_run_folder, write_file
+from kenspeckle.health import Examined, examine
 from kenspeckle.images import Limits
-from kenspeckle.learning import EpochDone, Learned, Stage, learn
+from kenspeckle.learning import EpochDone, Learned, learn
 from kenspeckle.pixels import Cache, default_cache_folder
 from kenspeckle.preparation import Prepared, network_for, prepare_data
 from kenspeckle.results import Report
@@ -49,6 +51,9 @@ class Options:
         thumbnails: keep small pictures of the worst mistakes in the report.
         overwrite: replace an existing model file.
         run_folder: where logs and reports go; ``runs/NAME-TIME`` when None.
+        on_bad: what becomes of pictures that cannot be decoded: ``stop`` before the first epoch, or
+            ``skip`` them, which writes each with its reason to ``skipped.csv``.
+        max_bad: largest share of pictures that is skipped, 0 to 1; beyond it the run stops.
         command: what the user typed, for the report.
     """
 
@@ -60,6 +65,8 @@ class Options:
     thumbnails: bool = True
     overwrite: bool = False
     run_folder: Path | None = None
+    on_bad: Literal["stop", "skip"] = "stop"
+    max_bad: float = 0.25
     command: str = ""
 
 
@@ -182,8 +189,25 @@ def fit(
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     model_path = _model_path(out, dataset, options)
-    run_folder = _run_folder(dataset, options)
-    prepared = yield from prepare_data(dataset, recipe, options.limits, options.cache)
+    run_folder = new_run_folder(dataset.name, options.run_folder)
+    examined = yield from examine(
+        dataset,
+        options.limits,
+        options.cache,
+        labels=False,
+        max_broken=options.max_bad if options.on_bad == "skip" else 0.0,
+        seed=recipe.seed,
+    )
+    whole, dataset = dataset, examined.subject.dataset
+    prepared = yield from prepare_data(
+        dataset,
+        recipe,
+        options.limits,
+        options.cache,
+        together=examined.subject.copies.together,
+        leaked=leaked(examined.subject, "test"),
+    )
+    yield from _found(whole, examined, options, run_folder)
     yield from map(Notice, prepared.notices)
     write_file(run_folder / "recipe.json", json.dumps(to_dict(recipe), indent=1).encode())
     write_split(run_folder / "split.csv", dataset, prepared.parts.tolist())
@@ -207,7 +231,13 @@ def fit(
     learned = yield from _logged(learning, run_folder / "log.jsonl", log)
     yield Stage("evaluating and saving", 0, 1)
     origin = Origin(
-        recipe, options.command, started, options.num_threads, options.thumbnails, options.limits
+        recipe,
+        options.command,
+        started,
+        options.num_threads,
+        options.thumbnails,
+        options.limits,
+        tuple(f"{finding.title} {finding.remedy}" for finding in examined.health.findings),
     )
     report, model_file = ship(network, prepared, learned, origin, model_path)
     write_file(run_folder / "report.html", reports.render(report).encode())
@@ -216,27 +246,29 @@ def fit(
     yield Finished(model_path, run_folder, report, learned.interrupted)
 
 
-def _run_folder(dataset: Dataset, options: Options) -> Path:
-    if options.run_folder is None:
-        now = dt.datetime.now().astimezone()
-        name = f"{_stem(dataset)}-{now:%Y%m%d-%H%M%S}"
-        tries = [Path("runs") / name, *(Path("runs") / f"{name}-{n}" for n in range(2, 1000))]
-        return next(path for path in tries if not path.exists())
-    folder = options.run_folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InvalidValueError(f"--run-folder must be new or empty; {folder} is not")
-    return folder
-
-
-def _stem(dataset: Dataset) -> str:
-    kept = "".join(c if c.isalnum() or c in "-_" else "-" for c in dataset.name)
-    return kept.strip("-")[:60] or "pictures"
+def _found(
+    dataset: Dataset, examined: Examined, options: Options, run_folder: Path
+) -> Iterator[Notice]:
+    """Write what the check of the data found, and say what matters of it."""
+    broken = examined.broken
+    if broken:
+        write_skipped(run_folder / "skipped.csv", dataset, broken)
+        yield Notice(
+            f"skipped {len(broken):,} of {len(dataset.items):,} pictures that cannot be decoded; "
+            f"listed in {run_folder / 'skipped.csv'}"
+        )
+    write_health(run_folder, examined, options.limits)
+    for finding in examined.health.findings:
+        if finding.severity == "warning":
+            yield Notice(f"{finding.title} Training {finding.training}")
+    if examined.health.findings:
+        yield Notice(f"what was found in the data, with pictures: {run_folder / 'check.html'}")
 
 
 def _model_path(out: str | Path | None, dataset: Dataset, options: Options) -> Path:
     """Return where the model file goes; what stands in the way is said before training."""
     if out is None:
-        stem = _stem(dataset)
+        stem = file_stem(dataset.name)
         names = [f"{stem}.ken", *(f"{stem}-{number}.ken" for number in range(2, 10_000))]
         return next(path for path in map(Path, names) if not path.exists())
     path = Path(out)

@@ -47,6 +47,14 @@ class Tree:
             notices.append(f"ignored {len(self.special):,} pipes, sockets or devices: {found}")
         return notices
 
+    def ignored(self) -> list[tuple[str, str]]:
+        """Return the links and special files, each with the reason."""
+        links = [
+            (name, "a link that leads to a folder, out of the data or nowhere")
+            for name in sorted(self.links)
+        ]
+        return links + [(name, "a pipe, socket or device") for name in sorted(self.special)]
+
 
 def scan(root: Path) -> Tree:
     """List what lies under `root` without opening anything or following links to folders.

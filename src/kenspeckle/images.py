@@ -38,6 +38,7 @@ from kenspeckle.colours import WHITE, Colour, from_array, image_to_rgb
 from kenspeckle.core import Geometry, ImageError, Pixels
 
 __all__ = [
+    "DAMAGE",
     "DECODER_VERSION",
     "FORMATS",
     "Limits",
@@ -80,8 +81,7 @@ _OTHER_FILES = {
     "a text file": re.compile(rb"[\t\n\f\r\x20-\x7e\x80-\xff]+\Z"),
 }
 
-# All that Pillow 12 and 13 were seen or read to raise for damaged files; Warning is not among them.
-_PILLOW_ERRORS = (
+DAMAGE = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -98,6 +98,7 @@ _PILLOW_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+"""All that Pillow 12 and 13 were seen or read to raise for damaged files; not Warning."""
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -187,6 +188,7 @@ def decode(
     target: tuple[int, int] | None = None,
     background: Colour = WHITE,
     limits: Limits = _LIMITS,
+    seen: Callable[[ImageFile], object] | None = None,
 ) -> Pixels:
     """Return the upright RGB pixels of an encoded picture.
 
@@ -197,6 +199,7 @@ def decode(
             1/2, 1/4 or 1/8 of its size where both sides stay at least twice as long as these.
         background: RGB, 0 to 255 each, under transparent pixels.
         limits: what is refused.
+        seen: is given the opened file once the pixels are known, for what else it says of itself.
 
     Returns:
         ``uint8 (H, W, 3)``.
@@ -222,6 +225,8 @@ def decode(
         if pixels is None:
             ImageOps.exif_transpose(file, in_place=True)
             pixels = image_to_rgb(file, background)
+        if seen is not None:
+            seen(file)
         return pixels
 
 
@@ -298,7 +303,7 @@ def _pillow(name: str) -> Iterator[None]:
     _decoding.active = True
     try:
         yield
-    except _PILLOW_ERRORS as error:
+    except DAMAGE as error:
         raise ImageError(name, _reason(error)) from error
     finally:
         _decoding.active = False

@@ -22,7 +22,7 @@ from torch import Tensor
 from kenspeckle.augmentation import augment
 from kenspeckle.calibration import softmax
 from kenspeckle.config import Recipe
-from kenspeckle.core import Normalisation, TrainingError
+from kenspeckle.core import Normalisation, Stage, TrainingError
 from kenspeckle.layers import Classifier, normalise, reseed
 from kenspeckle.losses import objective
 from kenspeckle.metrics import accuracy, log_loss
@@ -31,7 +31,7 @@ from kenspeckle.pixels import PixelStore, batches, permutation, spans
 from kenspeckle.results import Epoch
 from kenspeckle.training import EarlyStopping, Step, autocast, train
 
-__all__ = ["EpochDone", "Learned", "Stage", "Task", "learn", "logits_of"]
+__all__ = ["EpochDone", "Learned", "Task", "learn", "logits_of"]
 
 State = dict[str, Tensor]
 GROUP_BYTES = 2**21
@@ -57,23 +57,6 @@ class Task:
     validation: NDArray[np.int64]
     num_classes: int
     normalisation: Normalisation
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Work under way.
-
-    Attributes:
-        name: what is being done.
-        done: units finished.
-        total: units in all.
-        detail: the latest measurement, in words.
-    """
-
-    name: str
-    done: int
-    total: int
-    detail: str = ""
 
 
 @dataclass(frozen=True)

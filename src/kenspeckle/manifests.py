@@ -2,7 +2,8 @@
 
 Columns, in any order and case; the first of each list that is there counts:
 
-    the picture   `PATH_COLUMNS`, relative to the manifest's folder; in Parquet also its bytes,
+    the picture   `PATH_COLUMNS`, relative to the manifest's folder, or through a ZIP archive, as
+                  ``flowers.zip/rose/1.jpg``; in Parquet also its bytes,
                   `BYTES_COLUMNS`, plain or as Hugging Face's struct of bytes and path
     its class     `LABEL_COLUMNS`
     optional      split (the words of `names.SPLIT_WORDS`), group
@@ -28,7 +29,7 @@ from typing import Any, cast
 
 from kenspeckle.core import DataError, MissingExtraError, nearest, printable
 from kenspeckle.files import read_file
-from kenspeckle.names import SPLIT_WORDS, Split, class_name, listed, split_of
+from kenspeckle.names import SPLIT_WORDS, Split, class_name, from_cell, listed, split_of
 
 __all__ = [
     "BYTES_COLUMNS",
@@ -37,6 +38,7 @@ __all__ = [
     "Manifest",
     "ParquetPictures",
     "Row",
+    "archive_around",
     "read_manifest",
 ]
 
@@ -226,7 +228,7 @@ def _groups(table: _Table) -> list[str | None]:
 
 
 def _check_files(rows: Iterable[Row], folder: Path) -> None:
-    missing = [row for row in rows if not _is_file(folder / row.name)]
+    missing = [row for row in rows if not _is_there(folder / row.name)]
     if missing:
         shown = ", ".join(f"{r.where} '{printable(r.name)}'" for r in missing[:_NUM_SHOWN])
         hint = "; paths are written with '/'" if any("\\" in row.name for row in missing) else ""
@@ -241,6 +243,23 @@ def _is_file(path: Path) -> bool:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):  # ValueError: a NUL in the path
         return False
+
+
+def _is_there(path: Path) -> bool:
+    return _is_file(path) or archive_around(path) is not None
+
+
+def archive_around(path: Path) -> tuple[Path, str] | None:
+    """Return the archive that a path leads through and the member in it, or None.
+
+    Example:
+        >>> archive_around(Path("no/such.zip/rose/1.jpg")) is None
+        True
+    """
+    for parent in path.parents:
+        if parent.suffix.lower() == ".zip" and _is_file(parent):
+            return parent, path.relative_to(parent).as_posix()
+    return None
 
 
 def _without_repeats(rows: Iterable[Row]) -> tuple[list[Row], int]:
@@ -280,7 +299,8 @@ def _text(path: Path, delimiter: str) -> _Table:
     for place, record in zip(where, records, strict=True):
         if len(record) != len(header):
             raise DataError(f"{place}: {len(record)} fields; the first line has {len(header)}")
-    columns = list(zip(*records, strict=True)) or [()] * len(header)
+    cells = ([from_cell(cell) for cell in record] for record in records)
+    columns = list(zip(*cells, strict=True)) or [()] * len(header)
     return _Table(dict(zip(header, columns, strict=True)), header, where)
 
 

@@ -11,6 +11,7 @@ A class is its name. Names are compared in Unicode's composed form (NFC), becaus
 spell the same word in two ways, and are sorted by code point, which is alike on every machine.
 """
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,12 +30,14 @@ __all__ = [
     "Split",
     "arrange",
     "class_name",
+    "from_cell",
     "hidden_notice",
     "is_hidden",
     "is_picture",
     "listed",
     "settle_classes",
     "split_of",
+    "to_cell",
 ]
 
 Split = Literal["train", "validation", "test"]
@@ -76,6 +79,28 @@ def listed(names: Iterable[str], num_shown: int = 3) -> str:
     every = list(names)
     shown = ", ".join(f"'{printable(name)}'" for name in every[:num_shown])
     return shown + (f" and {len(every) - num_shown:,} more" if len(every) > num_shown else "")
+
+
+_FORMULA = re.compile(r"[=+\-@\t\r]")
+_ESCAPED = re.compile(r"'[=+\-@\t\r']")
+
+
+def to_cell(text: str) -> str:
+    """Return `text` as a cell of a table that no spreadsheet runs as a formula.
+
+    A text that begins like a formula gets an apostrophe before it, as spreadsheets themselves mark
+    text. `from_cell` takes it away again.
+
+    Example:
+        >>> to_cell("=1+1")
+        "'=1+1"
+    """
+    return f"'{text}" if _FORMULA.match(text) or _ESCAPED.match(text) else text
+
+
+def from_cell(cell: str) -> str:
+    """Return the text that `to_cell` wrote."""
+    return cell[1:] if _ESCAPED.match(cell) else cell
 
 
 def is_hidden(part: str) -> bool:
@@ -144,10 +169,12 @@ class Layout:
     Attributes:
         places: one per picture, sorted by name.
         notices: what was left out or decided, one line each.
+        ignored: files that are no picture of a class, each with the reason.
     """
 
     places: tuple[Place, ...]
     notices: tuple[str, ...]
+    ignored: tuple[tuple[str, str], ...] = ()
 
 
 def arrange(files: Iterable[str], folders: Iterable[str] = ()) -> Layout:
@@ -182,7 +209,9 @@ def arrange(files: Iterable[str], folders: Iterable[str] = ()) -> Layout:
         raise DataError(f"no pictures in class folders; found {found}; {LAYOUT}")
     at = start + bool(splits)
     used = {p[at] for p in inside}
-    notices += _left_out(pictures, inside)
+    outside = sorted("/".join(p) for p in set(pictures) - set(inside))
+    if outside:
+        notices.append(f"ignored {_files(len(outside))} outside class folders: {listed(outside)}")
     tree = [name.split("/") for name in [*others, *(f"{folder}/" for folder in folders)]]
     seen = {part for p in tree if (part := _class_part(p, start, splits)) is not None}
     if empty := sorted(seen - used):
@@ -194,7 +223,9 @@ def arrange(files: Iterable[str], folders: Iterable[str] = ()) -> Layout:
         )
     labels = {part: class_name(part) for part in used}
     places = (Place("/".join(p), labels[p[at]], splits.get(p[start])) for p in inside)
-    return Layout(tuple(places), tuple(notices))
+    ignored = [(name, "no picture's ending") for name in others]
+    ignored += [(name, "outside class folders") for name in outside]
+    return Layout(tuple(places), tuple(notices), tuple(ignored))
 
 
 def _files(count: int) -> str:
@@ -239,14 +270,6 @@ def _split_notice(
     counts = Counter(p[start] for p in pictures if len(p) > start + 2)
     parts = (f"'{printable(top)}' is {splits[top]} ({counts[top]:,})" for top in splits)
     return "the split is taken from the folders: " + ", ".join(parts)
-
-
-def _left_out(pictures: Sequence[tuple[str, ...]], inside: Sequence[tuple[str, ...]]) -> list[str]:
-    outside = sorted(set(pictures) - set(inside)) if len(inside) < len(pictures) else []
-    if not outside:
-        return []
-    shown = listed("/".join(p) for p in outside)
-    return [f"ignored {_files(len(outside))} outside class folders: {shown}"]
 
 
 def settle_classes(

@@ -27,20 +27,25 @@ from numpy.typing import NDArray
 
 from kenspeckle.core import DataError, Geometry, InvalidValueError, Pixels, WriteError
 from kenspeckle.files import PART_SUFFIX, replacing, write_file
-from kenspeckle.images import DECODER_VERSION, Limits, prepare
+from kenspeckle.images import DECODER_VERSION, Limits, decode, from_array, prepare
 from kenspeckle.sources import Dataset
 
 __all__ = [
+    "CHUNK",
     "Batch",
     "Cache",
     "CachedPixels",
     "PixelStore",
     "StreamedPixels",
+    "bad_pictures",
     "batches",
     "default_cache_folder",
     "open_pixels",
+    "original",
+    "over_chunks",
     "permutation",
     "spans",
+    "stamps",
 ]
 
 Task = TypeVar("Task")
@@ -60,7 +65,7 @@ def default_cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class Cache:
-    """Where decoded pictures are kept, and how many bytes of them.
+    """Where decoded pictures, frozen features and their networks are kept, and how many bytes.
 
     Attributes:
         folder: made when needed.
@@ -78,12 +83,13 @@ class Cache:
 
     def holds_file_of(self, num_bytes: int) -> bool:
         """Return whether there is a cache file of that size."""
-        return any(path.stat().st_size == num_bytes for path in self._files("pixels/*.u8"))
+        return any(path.stat().st_size == num_bytes for path in self._files("pixels", "*.u8"))
 
     def make_room(self, num_bytes: int) -> None:
         """Remove the least recently used files until `num_bytes` more fit under the limit."""
         files = []
-        for path in self._files("pixels/*"):
+        kept = [path for kind in ("pixels", "features", "backbones") for path in self._files(kind)]
+        for path in kept:
             state = path.stat()
             if path.name.endswith(PART_SUFFIX):
                 if time.time() - state.st_mtime > STALE_PART_SECONDS:  # of a run that was killed
@@ -97,8 +103,8 @@ class Cache:
             path.unlink(missing_ok=True)
             excess -= size
 
-    def _files(self, pattern: str) -> list[Path]:
-        return [path for path in self.folder.glob(pattern) if path.is_file()]
+    def _files(self, kind: str, pattern: str = "*") -> list[Path]:
+        return [path for path in (self.folder / kind).glob(pattern) if path.is_file()]
 
 
 class PixelStore(Protocol):
@@ -203,7 +209,7 @@ def open_pixels(
     if num_bytes > cache.limit_bytes:
         yield from _decode_all(streamed, lambda data: None)
         return streamed
-    memo = cache.folder / "stamps" / f"{_stamps(dataset, geometry)}.json"
+    memo = cache.folder / "stamps" / f"{stamps(dataset, DECODER_VERSION, asdict(geometry))}.json"
     known = _remembered(memo)
     key = known
     if key is None and cache.holds_file_of(num_bytes):  # moved or touched, the content may be known
@@ -250,13 +256,7 @@ def _decode_all(
     def decode(start: int) -> list[tuple[bytes, Pixels | DataError]]:
         return [_try(streamed, index) for index in range(start, min(start + CHUNK, total))]
 
-    started = time.perf_counter()
-    first = decode(0)
-    seconds = (time.perf_counter() - started) / len(first)
-    # Decoders of large pictures let other threads run; tiny ones only fight for the interpreter.
-    num_threads = (os.cpu_count() or 1) if seconds > SECONDS_WORTH_A_THREAD else 0
-    rest = _in_order(num_threads, decode, range(CHUNK, total, CHUNK))
-    for results in itertools.chain([first], rest):
+    for results in over_chunks(decode, total):
         for source, result in results:
             if isinstance(result, DataError):
                 bad.append(result)
@@ -268,7 +268,8 @@ def _decode_all(
             sources.append(source)
         yield len(sources), total
     if bad:
-        raise _bad_pictures(bad, total)
+        remedy = "repair or remove them; nothing was changed"
+        raise bad_pictures([str(error) for error in bad], total, remedy)
     return sources
 
 
@@ -281,6 +282,22 @@ def _try(streamed: StreamedPixels, index: int) -> tuple[bytes, Pixels | DataErro
     except DataError as error:
         return b"", error
     return _digest(source), picture
+
+
+def over_chunks(work: Callable[[int], Result], total: int) -> Iterator[Result]:
+    """Yield ``work(start)`` for the start of every `CHUNK` pictures of `total`, in order.
+
+    Threads help where they can: decoders of large pictures let other threads run, tiny pictures
+    only fight for the interpreter. The first chunk tells which it is.
+    """
+    if total == 0:
+        return
+    started = time.perf_counter()
+    first = work(0)
+    seconds = (time.perf_counter() - started) / min(CHUNK, total)
+    yield first
+    num_threads = (os.cpu_count() or 1) if seconds > SECONDS_WORTH_A_THREAD else 0
+    yield from _in_order(num_threads, work, range(CHUNK, total, CHUNK))
 
 
 def _in_order(
@@ -300,24 +317,35 @@ def _in_order(
             yield waiting.popleft().result()
 
 
-def _bad_pictures(bad: list[DataError], total: int) -> DataError:
+def bad_pictures(bad: Sequence[str], total: int, remedy: str) -> DataError:
+    """Return an error that lists pictures that cannot be used.
+
+    Args:
+        bad: the name and the reason of each.
+        total: pictures in all.
+        remedy: what to do, said at the end.
+    """
     if len(bad) == 1:
-        return bad[0]
+        return DataError(f"{bad[0]}; {remedy}")
     lines = [f"{len(bad):,} of {total:,} pictures cannot be used:"]
-    lines += [f"  {error}" for error in bad[:BAD_FILES_SHOWN]]
+    lines += [f"  {words}" for words in bad[:BAD_FILES_SHOWN]]
     if len(bad) > BAD_FILES_SHOWN:
-        lines.append(f"  and {len(bad) - BAD_FILES_SHOWN:,} more")
-    return DataError("\n".join([*lines, "repair or remove them; nothing was changed"]))
+        lines.append(f"  and {len(bad) - BAD_FILES_SHOWN:,} more; `ken check` lists them all")
+    return DataError("\n".join([*lines, remedy]))
 
 
-def _stamps(dataset: Dataset, geometry: Geometry) -> str:
+def stamps(dataset: Dataset, *what: object) -> str:
     """Return a key of the pictures' cheap stamps: sizes, times and inodes, or a ZIP's checksums.
 
     Reading every file only to name the cache would cost a pass over the disk in every run, so the
     stamps remember the key of the content.
+
+    Args:
+        dataset: whose pictures.
+        what: is kept under the key; JSON values.
     """
     found = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    found.update(json.dumps([dataset.location, DECODER_VERSION, asdict(geometry)]).encode())
+    found.update(json.dumps([dataset.location, *what]).encode(errors="surrogatepass"))
     for index, item in enumerate(dataset.items):
         line = f"{item.name}\0{dataset.reader.stamp(index)}\0"
         found.update(line.encode(errors="surrogatepass"))
@@ -362,6 +390,21 @@ def _map(path: Path, num_items: int, geometry: Geometry) -> CachedPixels:
         images=whole[:cut].reshape(num_items, height, width, 3),
         digests=whole[cut:].reshape(num_items, DIGEST_BYTES),
     )
+
+
+def original(dataset: Dataset, index: int, limits: Limits, side: int) -> Pixels:
+    """Return a picture in its own shape, ``uint8 (H, W, 3)``, with sides of `side` pixels or more.
+
+    A small picture keeps its size; a camera's is decoded at a scale that is cheap.
+
+    Raises:
+        ImageError: it cannot be decoded.
+        DataError: its file cannot be read.
+    """
+    source, name = dataset.reader.read(index), dataset.items[index].name
+    if isinstance(source, bytes):
+        return decode(source, name, target=(side, side), limits=limits)
+    return from_array(source, name)
 
 
 @dataclass(frozen=True, eq=False)

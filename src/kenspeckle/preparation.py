@@ -12,16 +12,17 @@ import torch
 from numpy.typing import NDArray
 
 from kenspeckle.config import Recipe
-from kenspeckle.core import DataError, Geometry, Normalisation, Pixels
-from kenspeckle.images import Limits, decode, from_array
+from kenspeckle.core import DataError, Geometry, Normalisation, Stage
+from kenspeckle.duplicates import equal_groups, joined
+from kenspeckle.images import Limits
 from kenspeckle.layers import Classifier, Whitening, normalise, whiten_
-from kenspeckle.learning import Stage, Task
+from kenspeckle.learning import Task
 from kenspeckle.models import build
-from kenspeckle.pixels import Cache, PixelStore, open_pixels
+from kenspeckle.pixels import Cache, PixelStore, open_pixels, original
 from kenspeckle.sources import Dataset
 from kenspeckle.splits import assign
 
-__all__ = ["Prepared", "network_for", "original", "prepare_data"]
+__all__ = ["Prepared", "network_for", "prepare_data"]
 
 LARGEST_DERIVED_SIDE = 64
 NUM_MEASURED = 5_000  # pictures whose mean and deviation stand for the training set's
@@ -39,6 +40,8 @@ class Prepared:
         geometry: what the pictures became.
         fingerprint: SHA-256 of every picture with its name, class and split.
         notices: what the user should know, a sentence each.
+        leaked: ``bool (N,)``, test pictures of which the training pictures hold a copy; only a
+            split that the data bring can have any.
     """
 
     dataset: Dataset
@@ -47,6 +50,7 @@ class Prepared:
     geometry: Geometry
     fingerprint: str
     notices: tuple[str, ...]
+    leaked: NDArray[np.bool_]
 
     def part(self, name: str) -> NDArray[np.int64]:
         """Return the indices of one part."""
@@ -54,11 +58,25 @@ class Prepared:
 
 
 def prepare_data(
-    dataset: Dataset, recipe: Recipe, limits: Limits, cache: Cache
+    dataset: Dataset,
+    recipe: Recipe,
+    limits: Limits,
+    cache: Cache,
+    *,
+    together: NDArray[np.int64] | None = None,
+    leaked: NDArray[np.int64] | None = None,
 ) -> Generator[Stage, None, Prepared]:
     """Decode every picture (or find it in the cache), split, and measure.
 
-    Equal pictures are never on two sides of a split.
+    Pictures that are equal at the network's size are never on two sides of a split that is drawn.
+
+    Args:
+        dataset: labelled pictures.
+        recipe: geometry, shares of the split, and the seed.
+        limits: what pictures are refused.
+        cache: where decoded pictures are kept.
+        together: ``int64 (N,)``; nor are pictures of equal numbers.
+        leaked: indices of pictures of a given test part of which the training pictures hold a copy.
 
     Yields:
         Progress.
@@ -79,7 +97,8 @@ def prepare_data(
             store = end.value
             break
         yield Stage("reading pictures", done, total)
-    groups = np.unique(store.digests, axis=0, return_inverse=True)[1].reshape(-1)
+    groups = equal_groups(store.digests)
+    groups = groups if together is None else joined(groups, together)
     split, split_notices = assign(
         dataset, recipe.split.validation, recipe.split.test, seed=recipe.seed, together=groups
     )
@@ -100,7 +119,9 @@ def prepare_data(
     )
     fingerprint = _fingerprint(dataset, store, parts)
     notices = (*dataset.notices, *split_notices)
-    return Prepared(dataset, task, parts, geometry, fingerprint, notices)
+    leaks = np.zeros(len(parts), bool)
+    leaks[[] if leaked is None else leaked] = True
+    return Prepared(dataset, task, parts, geometry, fingerprint, notices, leaks)
 
 
 def _derived_size(dataset: Dataset, limits: Limits) -> tuple[int, int]:
@@ -115,21 +136,6 @@ def _derived_size(dataset: Dataset, limits: Limits) -> tuple[int, int]:
     side = int(statistics.median(sides)) if sides else LARGEST_DERIVED_SIDE
     side = min(max(8, side // 4 * 4), LARGEST_DERIVED_SIDE)
     return side, side
-
-
-def original(dataset: Dataset, index: int, limits: Limits, side: int) -> Pixels:
-    """Return a picture in its own shape, ``uint8 (H, W, 3)``, with sides of `side` pixels or more.
-
-    A small picture keeps its size; a camera's is decoded at a scale that is cheap.
-
-    Raises:
-        ImageError: it cannot be decoded.
-        DataError: its file cannot be read.
-    """
-    source, name = dataset.reader.read(index), dataset.items[index].name
-    if isinstance(source, bytes):
-        return decode(source, name, target=(side, side), limits=limits)
-    return from_array(source, name)
 
 
 def _measured(store: PixelStore, items: NDArray[np.int64]) -> Normalisation:

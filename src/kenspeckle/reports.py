@@ -1,39 +1,23 @@
-"""Reports: from the plain values of a run to one HTML file, and to a few lines for a terminal.
+"""Reports: from the plain values of a run to one HTML file, and to a few lines for a terminal."""
 
-The file needs nothing outside itself: styles, charts and pictures are inside, there is no script,
-and its own policy forbids every request. Text that came from the user (class names, file names,
-paths) is escaped by the template engine, and characters that cannot be shown are spelled out.
-"""
-
-import base64
-import datetime as dt
-import importlib.resources
+import functools
 import math
-import re
-import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kenspeckle.core import Interval, MissingExtraError
-from kenspeckle.results import Epoch, Mistake, Report, Scores
+from kenspeckle import pages
+from kenspeckle.core import Interval
+from kenspeckle.pages import count, listed, percent, quoted, setting, spread
+from kenspeckle.results import Epoch, Report, Scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["Verdict", "render", "summary", "verdict"]
 
 _MAX_MATRIX_CLASSES = 25  # beyond that a confusion matrix is no longer read but searched
 _MAX_CONFUSIONS = 20
-_TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # of writing direction
-_DASH = "\N{EN DASH}"  # stands for what is undefined
-
-# Drawn in these, then replaced: one drawing serves the light and the dark colours of the page.
-_CHART_COLOURS = {
-    "#00a001": "var(--train)",
-    "#00a002": "var(--accent)",
-    "#00a003": "var(--rule)",
-    "#00a004": "var(--muted)",
-}
-_TRAIN, _VALIDATION, _RULE, _MUTED = _CHART_COLOURS
 
 
 @dataclass(frozen=True)
@@ -71,13 +55,13 @@ class _Confusion:
 def verdict(report: Report) -> Verdict:
     """Return what a report says, in plain words."""
     scores, split = report.judged, _split(report)
-    pictures = _count(scores.num_items, f"{split} picture")
+    pictures = count(scores.num_items, f"{split} picture")
     seen = " it had never seen" if report.test else ""
     return Verdict(
-        headline=f"Right on {_percent(scores.accuracy.value)} of {pictures}{seen} "
-        f"(95 % interval {_spread(scores.accuracy)}).",
-        baseline=f"Always saying {_quoted(scores.majority_class)} would be right on "
-        f"{_percent(scores.majority_accuracy)}.",
+        headline=f"Right on {percent(scores.accuracy.value)} of {pictures}{seen} "
+        f"(95 % interval {spread(scores.accuracy)}).",
+        baseline=f"Always saying {quoted(scores.majority_class)} would be right on "
+        f"{percent(scores.majority_accuracy)}.",
         cautions=tuple(_cautions(report)),
     )
 
@@ -89,7 +73,7 @@ def summary(report: Report) -> str:
     worst = _confusions(report.judged)[:3]
     if worst:
         pairs = (
-            f"{_quoted(c.label)} as {_quoted(c.predicted)} ({_count(c.num_items, 'time')})"
+            f"{quoted(c.label)} as {quoted(c.predicted)} ({count(c.num_items, 'time')})"
             for c in worst
         )
         lines.append(f"Most often mistaken: {', '.join(pairs)}.")
@@ -102,31 +86,9 @@ def render(report: Report) -> str:
     Raises:
         MissingExtraError: Jinja2 or matplotlib is not installed.
     """
-    try:
-        import jinja2
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("the HTML report", "train") from error
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "count": _count,
-        "data_uri": _data_uri,
-        "duration": _duration,
-        "moment": _moment,
-        "number": _number,
-        "percent": _percent,
-        "setting": _setting,
-        "spread": _spread,
-    }
-    source = importlib.resources.files("kenspeckle").joinpath("templates/report.html")
-    template = environment.from_string(source.read_text(encoding="utf-8"))
     scores = report.judged
-    return template.render(
+    return pages.render(
+        "report.html",
         report=report,
         scores=scores,
         split=_split(report),
@@ -162,12 +124,19 @@ def _cautions_on_evidence(report: Report) -> Iterator[str]:
     if width > 0.1:
         yield (
             f"The interval is {100 * width:.0f} points wide, since there are only "
-            f"{_count(scores.num_items, f'{split} picture')}: more would narrow it."
+            f"{count(scores.num_items, f'{split} picture')}: more would narrow it."
         )
     if scores.accuracy.low <= scores.majority_accuracy:
         yield (
-            f"It is not shown to be better than always saying {_quoted(scores.majority_class)}, "
-            f"which reaches {_percent(scores.majority_accuracy)}."
+            f"It is not shown to be better than always saying {quoted(scores.majority_class)}, "
+            f"which reaches {percent(scores.majority_accuracy)}."
+        )
+    if report.test and (honest := report.test_without_leaks):
+        num = scores.num_items - honest.num_items
+        yield (
+            f"{num:,} of the {scores.num_items:,} test pictures also stand in the training "
+            f"pictures: it knew the answer. Without them it is right on "
+            f"{percent(honest.accuracy.value)} ({spread(honest.accuracy)})."
         )
     # With fewer pictures, and 15 bins, chance alone puts a perfect model that far off.
     if scores.expected_calibration_error > 0.05 and scores.num_items >= 1500:
@@ -181,8 +150,8 @@ def _cautions_on_training(report: Report) -> Iterator[str]:
         gap = best.train_accuracy - best.validation_accuracy
         if gap > 0.1:
             yield (
-                f"Right on {_percent(best.train_accuracy)} of the training pictures, but on "
-                f"{_percent(best.validation_accuracy)} of the validation pictures: it learns "
+                f"Right on {percent(best.train_accuracy)} of the training pictures, but on "
+                f"{percent(best.validation_accuracy)} of the validation pictures: it learns "
                 "pictures by heart. More pictures, augmentation or dropout would help."
             )
     if best and len(history) > 1 and best is history[-1]:
@@ -196,13 +165,13 @@ def _cautions_on_classes(report: Report) -> Iterator[str]:
     absent = [c.name for c in scored if not c.num_items]
     few = [c.name for c in scored if 0 < c.num_items < 10]
     if never:
-        yield f"Never answered, although there are pictures of them: {_listed(never)}."
+        yield f"Never answered, although there are pictures of them: {listed(never)}."
     if absent:
-        yield f"No {split} pictures, so that nothing is known of: {_listed(absent)}."
+        yield f"No {split} pictures, so that nothing is known of: {listed(absent)}."
     if few:
         yield (
             f"Fewer than 10 {split} pictures each, so that their own figures say little: "
-            f"{_listed(few)}."
+            f"{listed(few)}."
         )
 
 
@@ -245,23 +214,26 @@ def _measures(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
         "F1, weighted": [s.f1.weighted for s in splits],
     }
     rows = [
-        (name, [(_percent(i.value), _spread(i)) for i in intervals if i])
+        (name, [(percent(i.value), spread(i)) for i in intervals if i])
         for name, intervals in shares.items()
     ]
     losses = [s.log_loss for s in splits]
     rows.append(
-        ("Log loss, nats", [(_number(i.value), f"{i.low:.3f} to {i.high:.3f}") for i in losses])
+        (
+            "Log loss, nats",
+            [(pages.number(i.value), f"{i.low:.3f} to {i.high:.3f}") for i in losses],
+        )
     )
     errors = [s.expected_calibration_error for s in splits]
-    rows.append(("Calibration error", [(_percent(error), "") for error in errors]))
+    rows.append(("Calibration error", [(percent(error), "") for error in errors]))
     return [row for row in rows if row[1]]
 
 
 def _groups(plain: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return the entries of a table as groups of names and words; loose entries come first."""
-    loose = [(key, _setting(v)) for key, v in plain.items() if not isinstance(v, Mapping)]
+    loose = [(key, setting(v)) for key, v in plain.items() if not isinstance(v, Mapping)]
     nested = [
-        (key, [(name, _setting(entry)) for name, entry in value.items()])
+        (key, [(name, setting(entry)) for name, entry in value.items()])
         for key, value in plain.items()
         if isinstance(value, Mapping)
     ]
@@ -273,156 +245,34 @@ def _charts(report: Report) -> dict[str, str]:
     history, best = report.training.history, _best(report)
     numbers = [e.number for e in history]
     loss = {
-        _TRAIN: [e.train_loss for e in history],
-        _VALIDATION: [e.validation_loss for e in history],
+        pages.TRAIN: [e.train_loss for e in history],
+        pages.ACCENT: [e.validation_loss for e in history],
     }
-    accuracy = {_VALIDATION: [100 * e.validation_accuracy for e in history]}
+    accuracy = {pages.ACCENT: [100 * e.validation_accuracy for e in history]}
     if all(e.train_accuracy is not None for e in history):
-        accuracy[_TRAIN] = [100 * (e.train_accuracy or 0.0) for e in history]
+        accuracy[pages.TRAIN] = [100 * (e.train_accuracy or 0.0) for e in history]
     mark = best.number if best else None
     if not history:
         return {}
     return {
-        "loss": _chart("loss", numbers, loss, mark),
-        "accuracy": _chart("accuracy", numbers, accuracy, mark),
+        name: pages.drawing(
+            name, f"{name} over the epochs", functools.partial(_draw_curves, numbers, curves, mark)
+        )
+        for name, curves in (("loss", loss), ("accuracy", accuracy))
     }
 
 
-def _chart(
-    name: str, numbers: list[int], curves: Mapping[str, list[float]], mark: int | None
-) -> str:
-    """Return lines over epochs as one SVG element whose identifiers begin with `name`.
-
-    Args:
-        name: of the chart.
-        numbers: of the epochs.
-        curves: by colour, a value per epoch.
-        mark: the epoch that gets a vertical line.
-    """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("the HTML report", "train") from error
-    with mpl.rc_context():
-        mpl.rcdefaults()  # the user's own style is for the user's own plots
-        mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}
-        axes = (figure := Figure(figsize=(4.8, 2.7), layout="constrained")).add_subplot()
-        if mark is not None:
-            axes.axvline(mark, color=_MUTED, linewidth=0.8, dashes=(3, 3))
-        for colour, values in curves.items():
-            finite = [value if math.isfinite(value) else math.nan for value in values]
-            marker = "o" if len(finite) < 3 else ""
-            axes.plot(numbers, finite, color=colour, linewidth=1.8, marker=marker, markersize=4)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.grid(axis="y", color=_RULE, linewidth=0.8)
-        axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-        axes.set_xlabel("epoch", color=_MUTED)
-        axes.tick_params(colors=_MUTED, length=0, pad=6)
-        stream = StringIO()
-        nameless = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(stream, format="svg", transparent=True, metadata=nameless)
-    return _inline(stream.getvalue(), name)
-
-
-def _inline(svg: str, name: str) -> str:
-    """Return a drawn SVG file as an element that can stand beside others in one page."""
-    element = svg[svg.index("<svg") :]
-    element = re.sub(r"<style.*?</style>", "", element, flags=re.DOTALL)  # it styles the whole page
-    element = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", element)
-    element = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element)
-    element = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", element)
-    for colour, variable in _CHART_COLOURS.items():
-        element = element.replace(colour, variable)
-    return element.replace("<svg", f'<svg role="img" aria-label="{name} over the epochs"', 1)
-
-
-def _data_uri(mistake: Mistake) -> str:
-    kind = {"png": "image/png", "jpg": "image/jpeg"}[mistake.suffix]
-    return f"data:{kind};base64,{base64.b64encode(mistake.picture or b'').decode()}"
-
-
-def _shown(value: object) -> object:
-    """Return text with what no page can hold, or what turns text around, spelled out."""
-    if type(value) is not str:  # markup is ours
-        return value
-    return "".join(
-        char.encode("unicode_escape").decode()
-        if unicodedata.category(char) in {"Cc", "Cs"} or unicodedata.bidirectional(char) in _TURNS
-        else char
-        for char in value
-    )
-
-
-def _quoted(name: str) -> str:
-    return f"'{_shown(name if len(name) <= 60 else name[:59] + '…')}'"
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - 5
-    return ", ".join(map(_quoted, names[:5])) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _percent(share: float) -> str:
-    """Return a share as a percentage that is 0 or 100 only when the share is."""
-    if math.isnan(share):
-        return _DASH
-    if 0 < share < 0.0005:
-        return "<0.1 %"
-    if 0.9995 <= share < 1:
-        return ">99.9 %"
-    return f"{100 * share:.1f} %"
-
-
-def _spread(interval: Interval) -> str:
-    if math.isnan(interval.value):
-        return ""
-    return f"{_percent(interval.low).removesuffix(' %')} to {_percent(interval.high)}"
-
-
-def _number(value: float) -> str:
-    return _DASH if math.isnan(value) else f"{value:.3f}"
-
-
-def _count(number: int, noun: str = "") -> str:
-    if not noun:
-        return f"{number:,}"
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{number:,} {noun if number == 1 else plural}"
-
-
-def _duration(seconds: float) -> str:
-    if math.isnan(seconds):
-        return _DASH
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def _moment(created: str) -> str:
-    """Return an ISO 8601 date and time as people write it; any other text as it is."""
-    try:
-        moment = dt.datetime.fromisoformat(created)
-    except ValueError:
-        return created
-    return f"{moment.day} {moment:%B %Y, %H:%M} {moment.tzname() or ''}".rstrip()
-
-
-def _setting(value: object) -> str:
-    """Return a plain value in words."""
-    if value is None or value == "":
-        return _DASH
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(_setting(entry) for entry in value) or "none"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_setting(entry)}" for key, entry in value.items()) or "none"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def _draw_curves(
+    numbers: list[int], curves: Mapping[str, list[float]], mark: int | None, axes: "Axes"
+) -> None:
+    """Draw curves, each by its colour, over the numbers of the epochs, and mark an epoch."""
+    if mark is not None:
+        axes.axvline(mark, color=pages.MUTED, linewidth=0.8, dashes=(3, 3))
+    for colour, values in curves.items():
+        finite = [value if math.isfinite(value) else math.nan for value in values]
+        marker = "o" if len(finite) < 3 else ""
+        axes.plot(numbers, finite, color=colour, linewidth=1.8, marker=marker, markersize=4)
+    axes.set_xlabel("epoch")
 
 
 def _low_first(value: float) -> tuple[bool, float]:

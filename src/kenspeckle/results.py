@@ -27,6 +27,7 @@ __all__ = [
     "Report",
     "Scores",
     "TrainingSummary",
+    "to_plain",
 ]
 
 _PICTURE_SUFFIXES = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpg"}
@@ -118,7 +119,7 @@ class Scores:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the scores as JSON values; undefined numbers are None."""
-        return dict(_plain(self))
+        return dict(to_plain(self))
 
     @staticmethod
     def from_dict(plain: Mapping[str, Any]) -> "Scores":
@@ -280,6 +281,8 @@ class Report:
         provenance: versions, seed, machine, fingerprint of the data.
         command: reproduces the run.
         next_commands: what to do with the model.
+        test_without_leaks: scores on the test pictures that do not stand in the training pictures
+            too, if some do.
     """
 
     title: str
@@ -294,6 +297,7 @@ class Report:
     provenance: dict[str, Any]
     command: str
     next_commands: tuple[str, ...] = ()
+    test_without_leaks: Scores | None = None
 
     def __post_init__(self) -> None:
         classes = self.validation.classes
@@ -320,7 +324,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values; pictures by the names that `pictures` gives them."""
-        plain = dict(_plain(self))
+        plain = dict(to_plain(self))
         for entry, name in zip(plain["mistakes"], self._picture_names(), strict=True):
             entry["picture"] = name
         return plain
@@ -348,20 +352,20 @@ class Report:
         return typing.cast("Report", _build(Report, plain, "report", pictures))
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - any value of a report
-    """Return a value of a report as JSON has it; None for nan, infinity and bytes."""
+def to_plain(value: Any) -> Any:  # noqa: ANN401 - any value of a report
+    """Return a value made of dataclasses as JSON has it; None for nan, infinity and bytes."""
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: to_plain(entry) for key, entry in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(entry) for entry in value]
+        return [to_plain(entry) for entry in value]
     undefined = isinstance(value, float) and not math.isfinite(value)
     return None if undefined or isinstance(value, bytes) else value
 
 
 def _build(kind: Any, plain: Any, where: str, pictures: Mapping[str, bytes]) -> Any:  # noqa: ANN401
-    """Return the value of type `kind` that `_plain` turned into `plain`."""
+    """Return the value of type `kind` that `to_plain` turned into `plain`."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
         (inner,) = (part for part in parts if part is not types.NoneType)

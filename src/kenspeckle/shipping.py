@@ -23,9 +23,9 @@ from kenspeckle.images import Limits, thumbnail
 from kenspeckle.layers import Classifier
 from kenspeckle.learning import Learned
 from kenspeckle.modelfile import Manifest, ModelFile, pack
-from kenspeckle.pixels import batches
+from kenspeckle.pixels import batches, original
 from kenspeckle.prediction import Model
-from kenspeckle.preparation import Prepared, original
+from kenspeckle.preparation import Prepared
 from kenspeckle.results import (
     ClassCounts,
     DataSummary,
@@ -56,6 +56,7 @@ class Origin:
         num_threads: compute threads of ONNX Runtime; 0 takes all cores.
         thumbnails: keep small pictures of the worst mistakes in the report.
         limits: what pictures are refused.
+        findings: what is wrong with the data, a sentence each.
     """
 
     recipe: Recipe
@@ -64,6 +65,7 @@ class Origin:
     num_threads: int
     thumbnails: bool
     limits: Limits
+    findings: tuple[str, ...] = ()
 
 
 def ship(
@@ -119,14 +121,14 @@ def ship(
 def _report(
     model: Model, prepared: Prepared, learned: Learned, origin: Origin, path: Path
 ) -> Report:
-    validation, mistakes = _judge(model, prepared, "validation", origin)
-    test = None
+    validation, _, mistakes = _judge(model, prepared, "validation", origin)
+    test = without_leaks = None
     if len(prepared.part("test")):
-        test, mistakes = _judge(model, prepared, "test", origin)
+        test, without_leaks, mistakes = _judge(model, prepared, "test", origin)
     return Report(
         title=path.name,
         created=f"{dt.datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}",
-        data=_data_summary(prepared),
+        data=_data_summary(prepared, origin.findings),
         model=ModelSummary(
             family=origin.recipe.model.family,
             num_parameters=int(model.manifest.backbone["num_parameters"]),
@@ -142,6 +144,7 @@ def _report(
         ),
         validation=validation,
         test=test,
+        test_without_leaks=without_leaks,
         mistakes=mistakes,
         recipe=to_dict(origin.recipe),
         provenance=dict(model.manifest.provenance),
@@ -156,28 +159,38 @@ def _report(
 
 def _judge(
     model: Model, prepared: Prepared, part: str, origin: Origin
-) -> tuple[Scores, tuple[Mistake, ...]]:
-    """Return what the shipped graph is worth on one part, and its worst mistakes there."""
+) -> tuple[Scores, Scores | None, tuple[Mistake, ...]]:
+    """Return what the shipped graph is worth on one part, and its worst mistakes there.
+
+    The second scores are those without the pictures that leak, None where there are none of either.
+    """
     items = prepared.part(part)
     found = [model.run(b.images).probabilities for b in batches(prepared.task.store, items, 256)]
     probabilities = np.concatenate(found)
     labels = prepared.task.labels[items]
     scores = evaluate(probabilities, labels, model.classes, seed=origin.recipe.seed)
+    honest = None
+    fresh = ~prepared.leaked[items]
+    if fresh.any() and not fresh.all():
+        honest = evaluate(
+            probabilities[fresh], labels[fresh], model.classes, seed=origin.recipe.seed
+        )
     names = tuple(prepared.dataset.items[i].name for i in items)
     mistakes = worst_mistakes(probabilities, labels, names, NUM_MISTAKES)
     if not origin.thumbnails:
-        return scores, mistakes
-    return scores, tuple(
+        return scores, honest, mistakes
+    shown = tuple(
         replace(mistake, picture=_thumbnail(prepared, int(items[mistake.index]), origin.limits))
         for mistake in mistakes
     )
+    return scores, honest, shown
 
 
 def _thumbnail(prepared: Prepared, index: int, limits: Limits) -> bytes:
     return thumbnail(original(prepared.dataset, index, limits, THUMBNAIL_SIDE), THUMBNAIL_SIDE)
 
 
-def _data_summary(prepared: Prepared) -> DataSummary:
+def _data_summary(prepared: Prepared, findings: tuple[str, ...]) -> DataSummary:
     labels, dataset = prepared.task.labels, prepared.dataset
 
     def counts(part: str) -> NDArray[np.int64]:
@@ -189,6 +202,7 @@ def _data_summary(prepared: Prepared) -> DataSummary:
         location=dataset.location,
         classes=tuple(ClassCounts(name, int(a), int(b), int(c)) for name, a, b, c in rows),
         notices=prepared.notices,
+        findings=findings,
     )
 
 

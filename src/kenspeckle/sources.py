@@ -5,26 +5,23 @@ place: nothing is copied or extracted, and a broken picture stays an item until 
 """
 
 import difflib
-import hashlib
 import logging
 import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kenspeckle.archives import Archive
 from kenspeckle.core import DataError, InvalidValueError, MissingPathError, nearest, printable
-from kenspeckle.files import read_file
 from kenspeckle.folders import scan
 from kenspeckle.images import Limits
-from kenspeckle.manifests import ParquetPictures, read_manifest
+from kenspeckle.manifests import archive_around, read_manifest
 from kenspeckle.names import (
     Layout,
     Place,
@@ -33,8 +30,10 @@ from kenspeckle.names import (
     hidden_notice,
     is_hidden,
     is_picture,
+    listed,
     settle_classes,
 )
+from kenspeckle.readers import ArrayReader, FileReader, ParquetReader, Reader, ZipReader
 from kenspeckle.standard import (
     STANDARD_SETS,
     StandardSet,
@@ -43,17 +42,7 @@ from kenspeckle.standard import (
     load_standard,
 )
 
-__all__ = [
-    "ArrayReader",
-    "Dataset",
-    "FileReader",
-    "Item",
-    "ParquetReader",
-    "Reader",
-    "ZipReader",
-    "find_pictures",
-    "open_dataset",
-]
+__all__ = ["Dataset", "Item", "find_pictures", "open_dataset"]
 
 _MANIFESTS = (".csv", ".tsv", ".parquet")
 _MAX_BYTES = Limits().max_bytes
@@ -77,22 +66,6 @@ class Item:
     group: str | None = None
 
 
-class Reader(Protocol):
-    """The content of items, by index; safe to use from several threads."""
-
-    def read(self, index: int) -> bytes | NDArray[Any]:
-        """Return an encoded picture, or its pixels as `images.prepare` takes them.
-
-        Raises:
-            DataError: it cannot be read; names the item.
-        """
-        ...
-
-    def stamp(self, index: int) -> str:
-        """Return a cheap token that changes whenever the content may have changed."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Labelled pictures.
@@ -104,6 +77,7 @@ class Dataset:
         items: sorted by name in folders and archives, else in the order of the source.
         notices: what was left out or decided, one line each.
         reader: gives the content of item i.
+        ignored: files that are no item, each with the reason.
     """
 
     name: str
@@ -112,6 +86,12 @@ class Dataset:
     items: tuple[Item, ...]
     notices: tuple[str, ...]
     reader: Reader
+    ignored: tuple[tuple[str, str], ...] = ()
+
+    def subset(self, indices: Sequence[int]) -> "Dataset":
+        """Return a data set of some of the items, with the same classes."""
+        items = tuple(self.items[index] for index in indices)
+        return replace(self, items=items, reader=self.reader.subset(indices))
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
@@ -123,128 +103,6 @@ class Dataset:
         return labels
 
 
-@dataclass(frozen=True, eq=False)
-class FileReader:
-    """Pictures that are files.
-
-    Attributes:
-        root: the folder that names are relative to.
-        names: paths, ``/`` between folders.
-        max_bytes: larger files are refused.
-    """
-
-    root: Path
-    names: Sequence[str]
-    max_bytes: int
-
-    def path(self, index: int) -> Path:
-        """Return the file of item number `index`."""
-        return self.root / self.names[index]
-
-    def read(self, index: int) -> bytes:
-        """Return the content of a file.
-
-        Raises:
-            DataError: not there, not an ordinary file, too large, or not readable.
-        """
-        path = self.path(index)
-        try:
-            return read_file(path, self.max_bytes)
-        except (DataError, MissingPathError) as error:
-            reason = str(error).removeprefix(f"{printable(str(path))}: ")
-            raise DataError(f"{printable(self.names[index])}: {reason}") from error
-
-    def stamp(self, index: int) -> str:
-        """Return size, times and inode of a file."""
-        try:
-            state = self.path(index).stat()
-        except OSError:
-            return "not there"
-        return f"{state.st_size}-{state.st_mtime_ns}-{state.st_ctime_ns}-{state.st_ino}"
-
-
-@dataclass(frozen=True, eq=False)
-class ZipReader:
-    """Pictures that are members of an archive.
-
-    Attributes:
-        archive: checked.
-        members: the number of each item's member.
-        max_bytes: larger members are refused.
-    """
-
-    archive: Archive
-    members: Sequence[int]
-    max_bytes: int
-
-    def read(self, index: int) -> bytes:
-        """Return the content of a member.
-
-        Raises:
-            DataError: too large or damaged.
-        """
-        return self.archive.read(self.members[index], self.max_bytes)
-
-    def stamp(self, index: int) -> str:
-        """Return checksum and size of a member."""
-        member = self.archive.members[self.members[index]]
-        return f"{member.crc:08x}-{member.size}"
-
-
-@dataclass(frozen=True, eq=False)
-class ParquetReader:
-    """Pictures that are cells of a Parquet file.
-
-    Attributes:
-        pictures: the column.
-        names: of the items, for errors.
-        max_bytes: larger pictures are refused.
-    """
-
-    pictures: ParquetPictures
-    names: Sequence[str]
-    max_bytes: int
-
-    def read(self, index: int) -> bytes:
-        """Return the content of a cell.
-
-        Raises:
-            DataError: empty, too large or damaged.
-        """
-        name = printable(self.names[index])
-        try:
-            data = self.pictures.read(index)
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from error
-        if len(data) > self.max_bytes:
-            raise DataError(f"{name}: {len(data):,} bytes; at most {self.max_bytes:,} are read")
-        return data
-
-    def stamp(self, index: int) -> str:
-        """Return size, time and inode of the file, and the row."""
-        return self.pictures.stamp(index)
-
-
-@dataclass(frozen=True, eq=False)
-class ArrayReader:
-    """Pictures that are decoded already.
-
-    Attributes:
-        pictures: ``uint8 (H, W)`` or ``(H, W, 3)`` each.
-    """
-
-    pictures: Sequence[NDArray[np.uint8]]
-
-    def read(self, index: int) -> NDArray[np.uint8]:
-        """Return the pixels of a picture, ``uint8 (H, W)`` or ``(H, W, 3)``."""
-        return self.pictures[index]
-
-    def stamp(self, index: int) -> str:
-        """Return a digest of the pixels."""
-        pixels = self.pictures[index]
-        return hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()
-
-
 @dataclass(frozen=True)
 class _Listing:
     """A source before its classes are settled; `classes` where their order is official."""
@@ -254,6 +112,7 @@ class _Listing:
     notices: tuple[str, ...] = ()
     groups: Sequence[str | None] | None = None
     classes: tuple[str, ...] | None = None
+    ignored: tuple[tuple[str, str], ...] = ()
 
 
 def open_dataset(
@@ -372,6 +231,7 @@ def _dataset(path: Path, kind: str, listing: _Listing, min_classes: int) -> Data
         items,
         (*listing.notices, *notices),
         listing.reader,
+        listing.ignored,
     )
 
 
@@ -401,11 +261,32 @@ def _manifest(path: Path, max_bytes: int, label_column: str | None) -> _Listing:
     places = [Place(row.name, row.label, row.split) for row in manifest.rows]
     names = [row.name for row in manifest.rows]
     reader: Reader
-    if manifest.pictures is None:
-        reader = FileReader(path.parent, names, max_bytes)
+    if manifest.pictures is not None:
+        reader = ParquetReader(manifest.pictures, range(len(names)), names, max_bytes)
+    elif archive_around(path.parent / names[0]):
+        reader = _members(path, names, max_bytes)
     else:
-        reader = ParquetReader(manifest.pictures, names, max_bytes)
+        reader = FileReader(path.parent, names, max_bytes)
     return _Listing(places, reader, manifest.notices, [row.group for row in manifest.rows])
+
+
+def _members(path: Path, names: Sequence[str], max_bytes: int) -> ZipReader:
+    """Return a reader of pictures that a manifest names as members of one archive."""
+    around = [archive_around(path.parent / name) for name in names]
+    whole = around[0]
+    if whole is None or any(place is None or place[0] != whole[0] for place in around):
+        raise DataError(
+            f"{printable(str(path))}: all pictures must be files, or all members of one archive"
+        )
+    archive = Archive(whole[0])
+    number = {member.name: index for index, member in enumerate(archive.members)}
+    inside = [place[1] for place in around if place is not None]
+    if missing := [name for name in inside if name not in number]:
+        raise DataError(
+            f"{printable(str(path))}: {len(missing):,} pictures are not in "
+            f"{printable(str(whole[0]))}: {listed(missing)}"
+        )
+    return ZipReader(archive, [number[name] for name in inside], max_bytes)
 
 
 def _archive(path: Path, max_bytes: int) -> _Listing:
@@ -421,14 +302,16 @@ def _archive(path: Path, max_bytes: int) -> _Listing:
     folders = [f for f in archive.folders if not any(map(is_hidden, f.split("/")))]
     layout = _layout(path, by_name, folders, hidden_notice(hidden))
     members = [by_name[place.name] for place in layout.places]
-    return _Listing(layout.places, ZipReader(archive, members, max_bytes), layout.notices)
+    reader = ZipReader(archive, members, max_bytes)
+    return _Listing(layout.places, reader, layout.notices, ignored=layout.ignored)
 
 
 def _folder(path: Path, max_bytes: int) -> _Listing:
     tree = scan(path)
     layout = _layout(path, tree.files, tree.folders, tree.notices())
     reader = FileReader(path, [place.name for place in layout.places], max_bytes)
-    return _Listing(layout.places, reader, layout.notices)
+    ignored = (*layout.ignored, *tree.ignored())
+    return _Listing(layout.places, reader, layout.notices, ignored=ignored)
 
 
 def _layout(path: Path, files: Iterable[str], folders: Iterable[str], notices: list[str]) -> Layout:
@@ -436,7 +319,7 @@ def _layout(path: Path, files: Iterable[str], folders: Iterable[str], notices: l
         layout = arrange(files, folders)
     except DataError as error:
         raise _located(path, error, notices) from error
-    return Layout(layout.places, (*notices, *layout.notices))
+    return replace(layout, notices=(*notices, *layout.notices))
 
 
 def find_pictures(paths: Iterable[Path]) -> list[Path]:

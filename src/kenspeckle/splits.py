@@ -10,9 +10,10 @@ import csv
 import hashlib
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,10 @@ from numpy.typing import NDArray
 
 from kenspeckle.core import DataError, InvalidValueError
 from kenspeckle.files import write_file
-from kenspeckle.names import SPLITS, Split, listed
-from kenspeckle.sources import Dataset, FileReader, Item
+from kenspeckle.names import SPLITS, Split, listed, to_cell
+from kenspeckle.sources import Dataset, Item
 
-__all__ = ["assign", "write_split"]
+__all__ = ["assign", "place", "with_groups", "write_split"]
 
 Shares = Mapping[Split, float]
 
@@ -248,12 +249,56 @@ def _thin_classes(
     return notices
 
 
+def with_groups(dataset: Dataset, pattern: str) -> Dataset:
+    r"""Return the data set with the groups that `pattern` finds in the names of its pictures.
+
+    Args:
+        dataset: without groups of its own.
+        pattern: a regular expression that is searched for in every name; pictures of which it finds
+            the same text are of one group: the text in its parentheses, where it has any. Or
+            ``folder``, which puts the pictures of each folder into one group.
+
+    Raises:
+        InvalidValueError: not a regular expression, or it tells no group apart: it finds nothing,
+            or the same text in all names.
+        DataError: the data have groups of their own.
+
+    Example:
+        >>> from kenspeckle.sources import open_dataset
+        >>> with_groups(open_dataset("sample"), r"^\w+").items[0].group
+        'train'
+    """
+    if any(item.group is not None for item in dataset.items):
+        raise DataError(f"{dataset.location}: has a column group; --group cannot be used beside it")
+    try:
+        known = re.compile(r"^(?:.*(?=/))?" if pattern == "folder" else pattern)
+    except re.error as error:
+        raise InvalidValueError(
+            f"--group must be 'folder' or a regular expression; got {pattern!r}: {error}"
+        ) from error
+    found = [_group(known.search(item.name)) for item in dataset.items]
+    distinct = set(found)
+    if distinct == {None} or len(distinct) == 1:
+        what = "nothing" if None in distinct else f"the same text {found[0]!r}"
+        raise InvalidValueError(
+            f"--group {pattern!r} must tell groups apart; it finds {what} in all "
+            f"{len(found):,} names, such as {listed([dataset.items[0].name])}"
+        )
+    items = [replace(item, group=group) for item, group in zip(dataset.items, found, strict=True)]
+    return replace(dataset, items=tuple(items))
+
+
+def _group(match: re.Match[str] | None) -> str | None:
+    if match is None:
+        return None
+    return "\0".join(part or "" for part in match.groups()) if match.re.groups else match.group()
+
+
 def write_split(path: Path, dataset: Dataset, parts: Sequence[Split]) -> None:
     """Write the split as CSV with the columns path, label, split and, where there are any, group.
 
-    For pictures that are files the result is a manifest that can be trained on again: it holds
-    absolute paths. Members of archives and parts of sets stand with their names, as a record.
-    Names are written exactly; one that a spreadsheet would run as a formula gets ``./`` before it.
+    The result is a manifest that can be trained on again, with absolute paths, for pictures that
+    are files or members of an archive. Parts of other sets stand with their names, as a record.
 
     Args:
         path: replaced when it exists.
@@ -264,17 +309,17 @@ def write_split(path: Path, dataset: Dataset, parts: Sequence[Split]) -> None:
         WriteError: the file cannot be written.
     """
     with_groups = any(item.group is not None for item in dataset.items)
-    reader = dataset.reader
-    root = reader.root.absolute() if isinstance(reader, FileReader) else None
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["path", "label", "split", *["group"] * with_groups])
-    for item, part in zip(dataset.items, parts, strict=True):
-        where = str(root / item.name) if root else _harmless(item.name)
-        label = "" if item.label is None else dataset.classes[item.label]
-        writer.writerow([where, label, part, *[item.group or ""] * with_groups])
+    for index, (item, part) in enumerate(zip(dataset.items, parts, strict=True)):
+        label = "" if item.label is None else to_cell(dataset.classes[item.label])
+        group = [to_cell(item.group or "")] * with_groups
+        writer.writerow([place(dataset, index), label, part, *group])
     write_file(path, text.getvalue().encode(errors="surrogateescape"))
 
 
-def _harmless(name: str) -> str:
-    return f"./{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
+def place(dataset: Dataset, index: int) -> str:
+    """Return where a picture is, as a cell of a manifest: its path, or else its name."""
+    path = dataset.reader.path(index)
+    return to_cell(dataset.items[index].name if path is None else str(path.absolute()))

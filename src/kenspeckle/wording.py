@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kenspeckle.core import Interval, KenError, printable
 from kenspeckle.modelfile import Manifest
+from kenspeckle.names import to_cell
 from kenspeckle.prediction import Answer, Difference, Model
 from kenspeckle.reports import summary
 from kenspeckle.results import Report, Scores
@@ -58,10 +59,9 @@ def csv_rows(model: Model, paths: list[Path], top: int) -> Iterator[Row]:
 
 
 def _csv_line(cells: Iterable[str]) -> str:
-    """Return one CSV line; a cell that a spreadsheet would run as a formula is disarmed."""
+    """Return one CSV line."""
     text = io.StringIO()
-    armed = ("=", "+", "-", "@", "\t", "\r")
-    csv.writer(text).writerow(f"'{cell}" if cell.startswith(armed) else cell for cell in cells)
+    csv.writer(text).writerow(map(to_cell, cells))
     return text.getvalue()
 
 

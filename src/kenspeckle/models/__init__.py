@@ -9,6 +9,7 @@ from kenspeckle.config import ModelConfig
 from kenspeckle.core import InvalidValueError
 from kenspeckle.layers import Classifier, initialise
 from kenspeckle.models.cnn import Cnn
+from kenspeckle.models.efficientnet_lite import EfficientNetLite
 from kenspeckle.models.resnet import ResNet
 from kenspeckle.models.speed import SpeedNet
 
@@ -19,6 +20,7 @@ MODELS: dict[str, Callable[[Any, int, tuple[int, int]], Classifier]] = {
     "cnn": Cnn,
     "resnet": ResNet,
     "speed": SpeedNet,
+    "efficientnet-lite": EfficientNetLite,
 }
 
 
