@@ -8,20 +8,21 @@ Nothing is altered. What was looked for and did not run is said, with the reason
 import datetime as dt
 import time
 from collections.abc import Generator, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kenspeckle.checks import Subject
-from kenspeckle.checks.copies import copy_findings, find_copies
+from kenspeckle.checks.copies import copy_findings, find_copies, leaked
 from kenspeckle.checks.files import broken_files, file_findings, ignored_files
 from kenspeckle.checks.labels import (
     Labelling,
     labelling,
     outlier_findings,
     suspect_findings,
+    without_leaks,
 )
 from kenspeckle.checks.parts import drift_findings, share_findings
 from kenspeckle.checks.shape import class_counts, shape_facts, shape_findings
@@ -72,6 +73,13 @@ class _Log:
         self.findings += found
         words = outcome or ", ".join(finding.kind for finding in found) or "nothing"
         self.checks.append(Check(name, words, time.perf_counter() - started))
+
+    def explain(self, kind: str, words: str) -> None:
+        """Add to what was found before, where there is any."""
+        self.findings = [
+            replace(finding, why=f"{finding.why} {words}") if finding.kind == kind else finding
+            for finding in self.findings
+        ]
 
     def skip(self, name: str, reason: str) -> None:
         """Note a check that did not run."""
@@ -175,6 +183,9 @@ def _judge(
     begun = time.perf_counter()
     try:
         answers = labelling(subject, features, seed)
+        leaks = leaked(subject, "test")
+        if len(leaks):
+            log.explain("leaks-into-test", without_leaks(subject, answers, leaks))
         log.add("wrong labels", begun, list(suspect_findings(subject, answers)))
     except (MissingExtraError, DataError) as error:
         log.skip("wrong labels", str(error))

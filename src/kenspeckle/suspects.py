@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 
 from kenspeckle.core import InvalidValueError, MissingExtraError
 
-__all__ = ["Outliers", "Suspects", "compact", "label_suspects", "out_of_fold", "outliers"]
+__all__ = [
+    "Outliers",
+    "Suspects",
+    "compact",
+    "head_logits",
+    "label_suspects",
+    "out_of_fold",
+    "outliers",
+]
 
 Floats = NDArray[np.float64]
 Features = NDArray[np.float32]
@@ -138,7 +146,7 @@ def out_of_fold(
         raise InvalidValueError(f"num_folds must be at least 2; got {num_folds}")
     logits = np.full((len(labels), num_classes), -np.inf)
     for learned, asked in _folds(labels, groups, seed, num_folds):
-        logits[asked] = _head_logits(features, labels, learned, asked, num_classes)
+        logits[asked] = head_logits(features, labels, learned, asked, num_classes)
     rows = np.arange(len(labels))
     known = np.isfinite(logits[rows, labels])
     logits[~known] = -np.inf
@@ -238,10 +246,21 @@ def _folds(
     yield from ((learned, asked) for learned, asked in splits if len(asked))
 
 
-def _head_logits(
+def head_logits(
     features: Features, labels: Labels, learned: Labels, asked: Labels, num_classes: int
 ) -> Floats:
-    """Return ``float64 (len(asked), K)``, minus infinity for classes that cannot be learned."""
+    """Return what a linear head that learnt some pictures says of others, uncalibrated.
+
+    Args:
+        features: ``float32 (N, D)``, best from `compact`.
+        labels: ``int64 (N,)``, from 0 to K - 1.
+        learned: indices of the pictures to learn from.
+        asked: indices of the pictures to answer, M of them.
+        num_classes: K.
+
+    Returns:
+        ``float64 (M, K)``, minus infinity for classes that cannot be learned.
+    """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     logits = np.full((len(asked), num_classes), -np.inf)
