@@ -125,6 +125,17 @@ def test_many_equal_hashes_are_looked_at_in_blocks(monkeypatch):
     assert len(hash_pairs(np.full(40, 7, np.uint64))) == 40 * 39 // 2
 
 
+def test_too_many_pairs_are_cut_to_the_nearest(monkeypatch):
+    monkeypatch.setattr("kenspeckle.duplicates._MOST_KEPT", 0)
+    hashes = np.arange(1000, dtype=np.uint64)  # all within ten bits
+    pairs = hash_pairs(hashes)
+    assert 1000 < len(pairs) <= 5000
+    assert {(int(hashes[i]) ^ int(hashes[j])).bit_count() for i, j in pairs.tolist()} == {1}
+    monkeypatch.setattr("kenspeckle.duplicates._MOST_MET", 0)
+    hashes = np.full(5000, 3, np.uint64)
+    assert len(hash_pairs(hashes)) <= 5 * 5000
+
+
 @given(st.integers(1, 30), st.data())
 def test_connected_is_the_smallest_index_of_each_component(num, data):
     index = st.integers(0, num - 1)

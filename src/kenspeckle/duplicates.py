@@ -38,6 +38,8 @@ _BANDS = 4
 _BAND_BITS = HASH_BITS // _BANDS
 _PROBE_BITS = 2  # flipped in a band, so that every pair within _MAX_DISTANCE is met in one of them
 _MAX_DISTANCE = 10  # of 64 bits; 99 % of re-encoded and resized pictures are within 8
+_MOST_MET = 400_000_000  # pairs met in the buckets of a small set, about 10 s
+_MOST_KEPT = 100_000  # pairs of a small set whose sketches are compared
 _BLOCK_PAIRS = 1_000_000  # looked at together: about 50 MB
 _CHUNK = 1_000  # pairs of sketches compared together: about 50 MB
 
@@ -145,7 +147,10 @@ def near_pairs(
 
 
 def hash_pairs(hashes: NDArray[np.uint64]) -> Pairs:
-    """Return every pair of hashes that differ in at most 10 of 64 bits.
+    """Return the pairs of hashes that differ in at most 10 of 64 bits.
+
+    Where these are too many to look at (a million pictures, or a hundred thousand that are all
+    alike), only nearer ones: the bits are lowered until at most about five pairs a picture remain.
 
     Source: multi-index hashing (Norouzi, Punjani and Fleet 2012, "Fast Search in Hamming Space"):
     of four bands of 16 bits one differs in at most two, so it is enough to look into the buckets of
@@ -154,8 +159,32 @@ def hash_pairs(hashes: NDArray[np.uint64]) -> Pairs:
     Args:
         hashes: ``uint64 (N,)``.
     """
-    found = [block[_distance(hashes, block) <= _MAX_DISTANCE] for block in _colliding_pairs(hashes)]
-    return np.unique(np.concatenate([np.zeros((0, 2), np.int64), *found]), axis=0)
+    most_met = max(_MOST_MET, 2_000 * len(hashes))
+    probe_bits = _PROBE_BITS
+    while probe_bits and _num_colliding(hashes, probe_bits) > most_met:
+        probe_bits -= 1
+    radius = min(_MAX_DISTANCE, _BANDS * (probe_bits + 1) - 1)
+    most_kept = _MOST_KEPT + 5 * len(hashes)
+    found = np.zeros((0, 2), np.int64)
+    for block in _colliding_pairs(hashes, probe_bits):
+        near = block[_distance(hashes, block) <= radius]
+        if len(near):
+            found = np.unique(np.concatenate([found, near]), axis=0)
+        while len(found) > most_kept and radius:
+            radius -= 1
+            found = found[_distance(hashes, found) <= radius]
+        if len(found) > most_kept:
+            return found[:most_kept]
+    return found
+
+
+def _num_colliding(hashes: NDArray[np.uint64], probe_bits: int) -> int:
+    """Return how many pairs the buckets hold, each met once from either side."""
+    total = 0
+    for keys, _, starts in _buckets(hashes):
+        counts = np.diff(starts)
+        total += sum(int(counts[keys ^ flip].sum()) for flip in _flips(probe_bits))
+    return total
 
 
 def _distance(hashes: NDArray[np.uint64], pairs: Pairs) -> NDArray[np.int64]:
@@ -166,18 +195,25 @@ def _distance(hashes: NDArray[np.uint64], pairs: Pairs) -> NDArray[np.int64]:
 _NUM_ONES = np.array([value.bit_count() for value in range(1 << 16)], np.uint8)
 
 
-def _colliding_pairs(hashes: NDArray[np.uint64]) -> Iterator[Pairs]:
-    bits = range(_BAND_BITS)
-    flips = [
+def _flips(probe_bits: int) -> list[int]:
+    return [
         sum(1 << bit for bit in chosen)
-        for count in range(_PROBE_BITS + 1)
-        for chosen in itertools.combinations(bits, count)
+        for count in range(probe_bits + 1)
+        for chosen in itertools.combinations(range(_BAND_BITS), count)
     ]
+
+
+def _buckets(hashes: NDArray[np.uint64]) -> Iterator[tuple[Pairs, Pairs, Pairs]]:
+    """Yield for each band the keys, their order, and where each bucket starts in that order."""
     for band in range(_BANDS):
         keys = (hashes >> np.uint64(band * _BAND_BITS)).astype(np.uint16).astype(np.int64)
         order = np.argsort(keys, kind="stable")
-        starts = np.searchsorted(keys[order], np.arange((1 << _BAND_BITS) + 1))
-        for flip in flips:
+        yield keys, order, np.searchsorted(keys[order], np.arange((1 << _BAND_BITS) + 1))
+
+
+def _colliding_pairs(hashes: NDArray[np.uint64], probe_bits: int) -> Iterator[Pairs]:
+    for keys, order, starts in _buckets(hashes):
+        for flip in _flips(probe_bits):
             yield from _bucket_pairs(keys ^ flip, order, starts)
 
 
