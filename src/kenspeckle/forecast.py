@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kenspeckle.core import InvalidValueError, MissingExtraError
+from kenspeckle.heads import head_answers
 
 __all__ = ["ClassForecast", "Forecast", "forecast", "power_law"]
 
@@ -20,7 +21,6 @@ _SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of the training pictures of a fold
 _NUM_FOLDS = 5
 _NUM_REPETITIONS = 3
 _NUM_RESAMPLES = 400
-_SHRINKAGE = 0.3  # as for label suspects, where it was measured
 _EXPONENTS = np.linspace(0.1, 2.0, 20)  # c; above 1 a curve is as good as flat
 
 _Z = 1.6448536269514722  # the standard normal lies within +- this with probability 0.9
@@ -165,12 +165,11 @@ def _measured(features: Floats, labels: Labels, groups: Labels, rng: np.random.G
     """Return who is recognised after each share of the training pictures."""
     try:
         from sklearn.model_selection import StratifiedGroupKFold
-        from threadpoolctl import threadpool_limits
     except ModuleNotFoundError as error:
         raise MissingExtraError("the forecast", "train") from error
     hits = np.zeros((_NUM_REPETITIONS, len(_SHARES), len(labels)), dtype=np.bool_)
     sizes = np.zeros((_NUM_REPETITIONS * _NUM_FOLDS, len(_SHARES)))
-    fold = 0
+    num_classes, fold = int(labels.max()) + 1, 0
     for repetition in range(_NUM_REPETITIONS):
         splitter = StratifiedGroupKFold(
             _NUM_FOLDS, shuffle=True, random_state=int(rng.integers(1 << 31))
@@ -179,8 +178,7 @@ def _measured(features: Floats, labels: Labels, groups: Labels, rng: np.random.G
         for pool, asked in splitter.split(order, labels[order], groups[order]):
             for point, share in enumerate(_SHARES):
                 learned = _first(order[pool], labels, share)
-                with threadpool_limits(1, "blas"):  # 2.5 s against 7 to 35 on 2 busy cores
-                    predicted = _predicted(features, labels, learned, order[asked])
+                predicted = head_answers(features, labels, learned, order[asked], num_classes)
                 hits[repetition, point, order[asked]] = predicted == labels[order[asked]]
                 sizes[fold, point] = len(learned)
             fold += 1
@@ -194,19 +192,6 @@ def _first(pool: Labels, labels: Labels, share: float) -> Labels:
     place = np.arange(len(pool)) - np.repeat(np.cumsum(counts) - counts, counts)
     chosen: Labels = by_class[place < np.ceil(share * counts)[labels[by_class]]]
     return chosen
-
-
-def _predicted(features: Floats, labels: Labels, learned: Labels, asked: Labels) -> Labels:
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-
-    counts = np.bincount(labels[learned])
-    learned = learned[counts[labels[learned]] >= 2]  # one picture has no spread
-    if len(np.unique(labels[learned])) < 2:
-        return np.full(len(asked), labels[learned[0]] if len(learned) else -1, np.int64)
-    head = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=_SHRINKAGE)
-    head.fit(features[learned], labels[learned])
-    predicted: Labels = head.predict(features[asked])
-    return predicted
 
 
 def _extrapolated(

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from kenspeckle.checks import Subject
 from kenspeckle.core import DataError
 from kenspeckle.findings import Case, Finding
+from kenspeckle.heads import head_answers
 from kenspeckle.suspects import (
     Suspects,
     compact,
-    head_logits,
     label_suspects,
     out_of_fold,
     outliers,
@@ -69,8 +69,8 @@ def without_leaks(subject: Subject, found: Labelling, leaks: NDArray[np.int64]) 
     dataset = subject.dataset
     parts = np.array([item.split or "" for item in dataset.items])
     learned, asked = np.flatnonzero(parts == "train"), np.flatnonzero(parts == "test")
-    logits = head_logits(found.features, dataset.labels, learned, asked, len(dataset.classes))
-    right = logits.argmax(axis=1) == dataset.labels[asked]
+    answers = head_answers(found.features, dataset.labels, learned, asked, len(dataset.classes))
+    right = answers == dataset.labels[asked]
     fresh = ~np.isin(asked, leaks)
     if not fresh.any():
         return "No test picture is left without them."
