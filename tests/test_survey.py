@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from kenspeckle.core import WriteError
 from kenspeckle.images import Limits
 from kenspeckle.pixels import Cache
 from kenspeckle.sources import open_dataset
 from kenspeckle.survey import survey
 from tests.conftest import picture, png
 from tests.test_duplicates import scene
+from tests.test_files import full_disk  # noqa: F401 - a fixture
 
 
 def finished(work):
@@ -192,3 +194,25 @@ def test_arrays_are_surveyed_too(cache):
     found = finished(survey(dataset, Limits(), cache))
     assert found.formats == ("", "array")
     assert len(found.sound) == 50
+
+
+def test_a_cache_that_may_hold_nothing_stays_empty(folder, tmp_path):
+    nothing, kept = Cache(tmp_path / "nothing", limit_bytes=0), Cache(tmp_path / "kept")
+    assert same(look(folder, nothing), look(folder, kept))
+    assert not nothing.folder.exists()
+
+
+def test_old_surveys_make_room(folder, tmp_path):
+    cache = Cache(tmp_path / "cache", limit_bytes=60 * 3072 + 1000)
+    look(folder, cache)
+    (folder / "red" / "000.png").write_bytes(png(picture((1, 2, 3), 5)))
+    look(folder, cache)
+    assert len(list((cache.folder / "surveys").glob("*.u8"))) == 1
+
+
+def test_a_full_disk_is_said_and_nothing_half_is_left(folder, full_disk):  # noqa: F811
+    dataset = open_dataset(folder)
+    many = dataset.subset(list(range(60)) * 10)
+    with pytest.raises(WriteError, match="--cache-dir"):
+        finished(survey(many, Limits(), Cache(full_disk / "cache")))
+    assert not [path for path in (full_disk / "cache").rglob("*") if path.is_file()]

@@ -88,7 +88,8 @@ class Cache:
     def make_room(self, num_bytes: int) -> None:
         """Remove the least recently used files until `num_bytes` more fit under the limit."""
         files = []
-        kept = [path for kind in ("pixels", "features", "backbones") for path in self._files(kind)]
+        kinds = ("pixels", "surveys", "features", "backbones")
+        kept = [path for kind in kinds for path in self._files(kind)]
         for path in kept:
             state = path.stat()
             if path.name.endswith(PART_SUFFIX):

@@ -41,6 +41,7 @@ SURVEY_VERSION = "1"
 
 SKETCH_BYTES = SKETCH_SIDE * SKETCH_SIDE * 3
 DIGEST_BYTES = 16
+_SHAPE = (-1, SKETCH_SIDE, SKETCH_SIDE, 3)
 
 # Long runs of Lanczos over millions of pixels are cut short by averaging blocks first. Below three
 # times the target nothing is averaged, and the hash is that of ImageHash to the bit.
@@ -97,7 +98,7 @@ def survey(
     """Decode every picture of a data set and note what there is to know of it.
 
     Memory does not grow with the size of the pictures; each takes about 70 bytes, and 3 KB in the
-    cache.
+    cache, or in memory where that is more than the cache may hold.
 
     Yields:
         The number of pictures looked at so far, and of all.
@@ -113,7 +114,11 @@ def survey(
     if found is not None:
         os.utime(sketches)
         yield num_items, num_items
-        return _assembled(found, sketches)
+        return _assembled(found, _mapped(sketches, len(found["sound"])))
+    if num_items * SKETCH_BYTES > cache.limit_bytes:
+        parts: list[bytes] = []
+        found = yield from _look_at_all(dataset, limits, parts.append)
+        return _assembled(found, np.frombuffer(b"".join(parts), np.uint8).reshape(_SHAPE))
     cache.make_room(num_items * SKETCH_BYTES)
     try:
         with replacing(sketches) as file:
@@ -121,9 +126,10 @@ def survey(
         write_file(known, _packed(found))
     except WriteError as error:
         raise WriteError(
-            f"the survey's cache {error}; choose another folder with --cache-dir"
+            f"the survey's cache {error}; choose another folder with --cache-dir, "
+            "or keep it in memory with --cache-limit 0"
         ) from error
-    return _assembled(found, sketches)
+    return _assembled(found, _mapped(sketches, len(found["sound"])))
 
 
 def _look_at_all(
@@ -292,11 +298,13 @@ def _remembered(path: Path, sketches: Path) -> Columns | None:
     return found if whole and size == num_sound * SKETCH_BYTES else None
 
 
-def _assembled(found: Columns, path: Path) -> Survey:
-    shape = (len(found["sound"]), SKETCH_SIDE, SKETCH_SIDE, 3)
-    sketches = np.zeros(shape, np.uint8)
-    if len(sketches):
-        sketches = np.memmap(path, np.uint8, "r", shape=shape).view(np.ndarray)
+def _mapped(path: Path, num_items: int) -> Pixels:
+    if not num_items:  # an empty file cannot be mapped
+        return np.zeros((0, *_SHAPE[1:]), np.uint8)
+    return np.memmap(path, np.uint8, "r", shape=(num_items, *_SHAPE[1:])).view(np.ndarray)
+
+
+def _assembled(found: Columns, sketches: Pixels) -> Survey:
     text = json.loads(found["text"].tobytes())
     formats, modes, cameras = (tuple(names) for names in text["words"])
     measured = {name: found[name] for name in _NUMBERS if name not in {"animated", "sound"}}
