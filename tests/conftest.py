@@ -79,6 +79,7 @@ def run(data, out, *changes: str, **options):
         "cache": Cache(out.parent / "cache"),
         "run_folder": out.parent / f"{out.stem}-run",
         "num_threads": 1,
+        "labels": False,
     } | options
     events = fit(
         open_dataset(data), quick_recipe(*changes), out, Options(**options), threading.Event()

@@ -1,11 +1,12 @@
 """Training after the check: broken pictures stop it or are skipped, leaks are told."""
 
 import csv
+import json
 import shutil
 
 import pytest
 
-from kenspeckle.core import DataError
+from kenspeckle.core import DataError, InvalidValueError
 from kenspeckle.reports import summary
 from tests.test_fit import events_of, refused
 
@@ -22,13 +23,13 @@ def broken(folder, share):
     return spoilt, clean
 
 
-@pytest.mark.parametrize("share", [0.05, 0.2])
+@pytest.mark.parametrize("share", [1 / 60, 0.05, 0.2])
 def test_broken_pictures_stop_the_run_before_it_starts(tmp_path, folder, share):
     spoilt, _ = broken(folder, share)
     refused(tmp_path, spoilt, DataError, "--on-bad skip")
 
 
-@pytest.mark.parametrize("share", [0.05, 0.2])
+@pytest.mark.parametrize("share", [1 / 60, 0.05, 0.2])
 def test_skipping_them_is_as_if_they_had_never_been(tmp_path, folder, share):
     spoilt, clean = broken(folder, share)
     one = events_of(spoilt, tmp_path / "one" / "m.ken", on_bad="skip")[-1]
@@ -59,3 +60,17 @@ def test_leaks_are_told_with_the_accuracy_without_them(tmp_path, folder):
     assert (report.test.num_items, report.test_without_leaks.num_items) == (20, 10)
     assert any("test pictures stand in the training" in text for text in report.data.findings)
     assert "10 of the 20 test pictures also stand" in summary(report)
+
+
+def test_a_bound_without_skipping_has_no_effect_and_is_an_error(tmp_path, folder):
+    refused(tmp_path, folder, InvalidValueError, "--max-bad has no effect", max_bad=0.1)
+
+
+def test_labels_are_looked_at_in_small_sets_unless_told_not_to(tmp_path, folder, monkeypatch):
+    run_folder = events_of(folder, tmp_path / "one" / "m.ken", labels=None)[-1].run_folder
+    checks = json.loads((run_folder / "check.json").read_text())["checks"]
+    assert "wrong labels" in {check["name"] for check in checks if check["ran"]}
+    monkeypatch.setattr("kenspeckle.fit.MOST_PICTURES_ASKED", 59)
+    run_folder = events_of(folder, tmp_path / "two" / "m.ken", labels=None)[-1].run_folder
+    checks = json.loads((run_folder / "check.json").read_text())["checks"]
+    assert "wrong labels" not in {check["name"] for check in checks if check["ran"]}

@@ -18,7 +18,7 @@ from kenspeckle import cli
 from kenspeckle.recipes import RECIPES
 from tests.conftest import CLASSES, is_root, make_folder, picture, png
 
-QUICK = ["--recipe", "seed-cnn", "--size", "16", "--epochs", "1", "--threads", "1"]
+QUICK = ["--no-labels", "--recipe", "seed-cnn", "--size", "16", "--epochs", "1", "--threads", "1"]
 QUICK += ["--set", "channels=4", "--set", "hidden=8", "--set", "batch_size=8"]
 
 

@@ -41,7 +41,8 @@ from tests.test_files import POSIX, full_disk  # noqa: F401 - a fixture
 
 def events_of(data, out, *changes, stop=None, watch=None, **options):
     """Return every event of a run."""
-    options = {"cache": Cache(out.parent / "cache"), "run_folder": out.parent / "run"} | options
+    options = {"labels": False, "run_folder": out.parent / "run"} | options
+    options = {"cache": Cache(out.parent / "cache")} | options
     stop = stop or threading.Event()
     events = []
     for event in fit(open_dataset(data), quick_recipe(*changes), out, Options(**options), stop):

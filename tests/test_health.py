@@ -3,6 +3,10 @@
 import csv
 import hashlib
 import json
+import signal
+import subprocess
+import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from PIL import Image
 
 from kenspeckle import checkfiles, health
 from kenspeckle.cli import main
-from kenspeckle.core import InvalidValueError
+from kenspeckle.core import InvalidValueError, MissingExtraError
 from kenspeckle.findings import Finding
 from kenspeckle.images import Limits
 from kenspeckle.pixels import Cache, default_cache_folder
@@ -18,6 +22,7 @@ from kenspeckle.sources import Dataset, open_dataset
 from kenspeckle.splits import with_groups
 from tests.conftest import png
 from tests.test_duplicates import scene
+from tests.test_files import full_disk  # noqa: F401 - a fixture
 
 CLASSES = ("one", "two")
 
@@ -375,3 +380,89 @@ def test_stopped_pictures_of_a_png_are_no_traceback(scenes, capsys, monkeypatch,
     assert code == 1
     assert "cut short" in out
     assert "Traceback" not in out + err
+
+
+def test_a_check_on_a_full_disk_fails_in_one_line(scenes, tmp_path, capsys, monkeypatch, full_disk):  # noqa: F811
+    words = ("check", scenes, "--no-labels", "--run-folder", full_disk / "run")
+    (full_disk / "ballast").write_bytes(b"x" * 1_040_000)
+    code, out, err = ken(capsys, monkeypatch, *words)
+    assert code == 1
+    assert "No space left" in err
+    assert "Traceback" not in out + err
+    assert not [path for path in (full_disk / "run").rglob("*") if path.suffix == ".html"]
+
+
+def under_way(data, where) -> subprocess.Popen[str]:
+    """Return a check that has begun to look at pictures."""
+    words = [sys.executable, "-m", "kenspeckle", "check", str(data), "--no-labels"]
+    process = subprocess.Popen(words, cwd=where, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "looking at every picture" in process.stderr.readline()
+    return process
+
+
+def test_a_kill_costs_nothing(scenes, tmp_path):
+    process = under_way(scenes, tmp_path)
+    process.kill()
+    process.communicate(timeout=30)
+    assert not list(tmp_path.glob("runs/*/check.html"))
+    assert examined(scenes).health.findings == ()
+
+
+def test_an_interrupt_is_no_traceback(scenes, tmp_path):
+    process = under_way(scenes, tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+def test_an_archive_that_is_a_bomb_is_refused(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("one/a.png", "two/b.png"):
+            archive.writestr(name, bytes(50_000_000))
+    code, _, err = ken(capsys, monkeypatch, "check", path)
+    assert code == 1
+    assert "bomb.zip" in err
+    assert "Traceback" not in err
+
+
+# With a pretrained network.
+
+
+def test_labels_are_asked_about_or_the_reason_is_said(scenes, monkeypatch):
+    left_out = examined(scenes, labels=False).health.checks
+    assert any("--labels asks for it" in check.outcome for check in left_out if not check.ran)
+    found = examined(scenes, labels=None)
+    assert found.labelling is not None
+    assert {check.name for check in found.health.checks if check.ran} >= {
+        "features",
+        "outliers",
+        "wrong labels",
+    }
+    monkeypatch.setitem(sys.modules, "cleanlab.filter", None)
+    without = {check.name: check for check in examined(scenes, labels=None).health.checks}
+    assert not without["wrong labels"].ran
+    assert "kenspeckle[check]" in without["wrong labels"].outcome
+    assert without["outliers"].ran
+
+
+def test_labels_that_are_asked_for_need_the_network(scenes, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kenspeckle.features", None)
+    skipped = [check for check in examined(scenes, labels=None).health.checks if not check.ran]
+    assert "kenspeckle[train]" in skipped[0].outcome
+    with pytest.raises(MissingExtraError, match="train"):
+        examined(scenes, labels=True)
+
+
+def test_a_flipped_label_leads_the_list(tmp_path):
+    root = tmp_path / "data"
+    for index in range(60):
+        shade = (200, 40, 40) if index % 2 else (40, 40, 200)
+        picture = Image.blend(scene(index, (48, 48)), Image.new("RGB", (48, 48), shade), 0.7)
+        label = index % 2 if index != 7 else 0
+        write(root / CLASSES[label] / f"{index:02d}.png", picture)
+    suspects = kinds(examined(root, labels=True))["label-suspects"]
+    assert names(suspects)[0] == ["one/07.png"]
+    assert suspects.cases[0].suggested == "two"

@@ -24,6 +24,8 @@ from kenspeckle.progress import say, watch
 if TYPE_CHECKING:
     from kenspeckle.config import Recipe
     from kenspeckle.fit import Event, Finished
+    from kenspeckle.pixels import Cache
+    from kenspeckle.sources import Dataset
 
 __all__ = ["app", "main"]
 
@@ -130,16 +132,46 @@ def _require_file(path: Path) -> None:
         raise MissingPathError(f"{path}: no such file")
 
 
+def _opened(
+    data: str,
+    label_column: str | None,
+    data_folder: Path | None,
+    offline: bool,
+    *,
+    min_classes: int = 2,
+    group: str | None = None,
+) -> "Dataset":
+    """Open DATA as the options say."""
+    from kenspeckle.sources import open_dataset
+    from kenspeckle.splits import with_groups
+
+    dataset = open_dataset(
+        data,
+        label_column=label_column,
+        data_dir=data_folder,
+        offline=offline,
+        notify=say,
+        min_classes=min_classes,
+    )
+    return dataset if group is None else with_groups(dataset, group)
+
+
+def _cache(folder: Path | None, limit_gb: float) -> "Cache":
+    from kenspeckle.pixels import Cache, default_cache_folder
+
+    return Cache(folder or default_cache_folder(), int(limit_gb * 1e9))
+
+
 @app.command(epilog="Example:  ken check flowers/ --write-fixes fixes.csv")
 def check(
     data: Annotated[str, typer.Argument(help="Labelled pictures, in any form that train takes.")],
     labels: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             help="Look for wrong labels, outliers and what more pictures would bring too; takes "
-            "some milliseconds a picture."
+            "some milliseconds a picture. [default: where the pretrained network is installed]"
         ),
-    ] = True,
+    ] = None,
     write_fixes: Annotated[
         Path | None,
         typer.Option(
@@ -169,25 +201,12 @@ def check(
     from kenspeckle.files import new_run_folder
     from kenspeckle.health import examine
     from kenspeckle.images import Limits
-    from kenspeckle.pixels import Cache, default_cache_folder
-    from kenspeckle.sources import open_dataset
-    from kenspeckle.splits import with_groups
 
-    dataset = open_dataset(
-        data,
-        label_column=label_column,
-        data_dir=data_folder,
-        offline=offline,
-        notify=say,
-        min_classes=1,
-    )
-    if group is not None:
-        dataset = with_groups(dataset, group)
+    dataset = _opened(data, label_column, data_folder, offline, min_classes=1, group=group)
     if write_fixes is not None:
         checkfiles.check_fixes(write_fixes, dataset)
     folder = new_run_folder(f"{dataset.name}-check", run_folder)
-    cache = Cache(cache_folder or default_cache_folder(), int(cache_limit * 1e9))
-    limits = Limits()
+    limits, cache = Limits(), _cache(cache_folder, cache_limit)
     examined = watch(
         examine(dataset, limits, cache, labels=labels, seed=seed, num_threads=threads),
         quiet or as_json,
@@ -248,8 +267,18 @@ def train(
         str, typer.Option(help="Pictures that cannot be decoded: stop before training, or skip.")
     ] = "stop",
     max_bad: Annotated[
-        float, typer.Option(min=0, max=1, help="Largest share of pictures that is skipped.")
-    ] = 0.25,
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Largest share of pictures that is skipped. [default: 0.25]"
+        ),
+    ] = None,
+    labels: Annotated[
+        bool | None,
+        typer.Option(
+            help="Look for wrong labels, outliers and what more pictures would bring before "
+            "training. [default: up to 10,000 pictures]"
+        ),
+    ] = None,
     group: Group = None,
     label_column: LabelColumn = None,
     data_folder: DataFolder = None,
@@ -263,31 +292,25 @@ def train(
 ) -> None:
     """Train on DATA, evaluate once on the test pictures, and write one model file."""
     from kenspeckle.fit import Options, fit
-    from kenspeckle.pixels import Cache, default_cache_folder
-    from kenspeckle.sources import open_dataset
-    from kenspeckle.splits import with_groups
     from kenspeckle.wording import finished_text
 
     options = Options(
         device=device,
         num_threads=threads,
         num_loader_threads=loader_threads,
-        cache=Cache(cache_folder or default_cache_folder(), int(cache_limit * 1e9)),
+        cache=_cache(cache_folder, cache_limit),
         thumbnails=thumbnails,
         overwrite=force,
         run_folder=run_folder,
         on_bad=_one_of("--on-bad", on_bad, ("stop", "skip")),
         max_bad=max_bad,
+        labels=labels,
         command="ken " + shlex.join(sys.argv[1:]),
     )
     changes = {"epochs": epochs, "size": size, "seed": seed}
     assignments = [f"{name}={value}" for name, value in changes.items() if value is not None]
     chosen = _recipe(recipe, [*(set_ or []), *assignments])
-    dataset = open_dataset(
-        data, label_column=label_column, data_dir=data_folder, offline=offline, notify=say
-    )
-    if group is not None:
-        dataset = with_groups(dataset, group)
+    dataset = _opened(data, label_column, data_folder, offline, group=group)
     with _stop_on_interrupt() as stop:
         events = fit(dataset, chosen, out, options, stop)
         finished = watch(_finished(events), quiet or as_json)
@@ -363,18 +386,10 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled pictures; classes are matched by name. Needs no torch."""
     from kenspeckle.judging import judge
-    from kenspeckle.sources import open_dataset
     from kenspeckle.wording import scores_text
 
     _one_of("--split", split, ("train", "validation", "test", "all"))
-    dataset = open_dataset(
-        data,
-        label_column=label_column,
-        data_dir=data_folder,
-        offline=offline,
-        notify=say,
-        min_classes=1,
-    )
+    dataset = _opened(data, label_column, data_folder, offline, min_classes=1)
     scores = judge(model, dataset, split)
     if not quiet:
         for notice in dataset.notices:

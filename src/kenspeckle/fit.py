@@ -37,6 +37,9 @@ from kenspeckle.training import choose_device
 
 __all__ = ["EpochDone", "Event", "Finished", "Notice", "Options", "Stage", "fit", "train"]
 
+DEFAULT_MAX_BAD = 0.25
+MOST_PICTURES_ASKED = 10_000  # about their labels without being told to: half a minute on 2 cores
+
 
 @dataclass(frozen=True)
 class Options:
@@ -53,7 +56,10 @@ class Options:
         run_folder: where logs and reports go; ``runs/NAME-TIME`` when None.
         on_bad: what becomes of pictures that cannot be decoded: ``stop`` before the first epoch, or
             ``skip`` them, which writes each with its reason to ``skipped.csv``.
-        max_bad: largest share of pictures that is skipped, 0 to 1; beyond it the run stops.
+        max_bad: largest share of pictures that is skipped, 0 to 1, a quarter when None; beyond it
+            the run stops.
+        labels: look for wrong labels, outliers and what more pictures would bring; when None, in
+            data of up to 10,000 pictures, where the pretrained network is installed.
         command: what the user typed, for the report.
     """
 
@@ -66,7 +72,8 @@ class Options:
     overwrite: bool = False
     run_folder: Path | None = None
     on_bad: Literal["stop", "skip"] = "stop"
-    max_bad: float = 0.25
+    max_bad: float | None = None
+    labels: bool | None = None
     command: str = ""
 
 
@@ -190,27 +197,7 @@ def fit(
         torch.set_num_threads(options.num_threads)
     model_path = _model_path(out, dataset, options)
     run_folder = new_run_folder(dataset.name, options.run_folder)
-    examined = yield from examine(
-        dataset,
-        options.limits,
-        options.cache,
-        labels=False,
-        max_broken=options.max_bad if options.on_bad == "skip" else 0.0,
-        seed=recipe.seed,
-    )
-    whole, dataset = dataset, examined.subject.dataset
-    prepared = yield from prepare_data(
-        dataset,
-        recipe,
-        options.limits,
-        options.cache,
-        together=examined.subject.copies.together,
-        leaked=leaked(examined.subject, "test"),
-    )
-    yield from _found(whole, examined, options, run_folder)
-    yield from map(Notice, prepared.notices)
-    write_file(run_folder / "recipe.json", json.dumps(to_dict(recipe), indent=1).encode())
-    write_split(run_folder / "split.csv", dataset, prepared.parts.tolist())
+    prepared, findings = yield from _prepared(dataset, recipe, options, run_folder)
     yield Notice(_plan(prepared, recipe, device, run_folder))
 
     network = network_for(prepared, recipe).to(device)
@@ -237,13 +224,52 @@ def fit(
         options.num_threads,
         options.thumbnails,
         options.limits,
-        tuple(f"{finding.title} {finding.remedy}" for finding in examined.health.findings),
+        findings,
     )
     report, model_file = ship(network, prepared, learned, origin, model_path)
     write_file(run_folder / "report.html", reports.render(report).encode())
     write_file(run_folder / "report.json", json.dumps(report.to_dict(), indent=1).encode())
     write_file(model_path, model_file)
     yield Finished(model_path, run_folder, report, learned.interrupted)
+
+
+def _prepared(
+    dataset: Dataset, recipe: Recipe, options: Options, run_folder: Path
+) -> Generator[Stage | Notice, None, tuple[Prepared, tuple[str, ...]]]:
+    """Check the data, split and measure them, and write down all of it.
+
+    Returns:
+        The data, without pictures that cannot be decoded, and what was found, a sentence or two
+        each.
+    """
+    if options.on_bad == "stop" and options.max_bad is not None:
+        raise InvalidValueError("--max-bad has no effect without --on-bad skip")
+    most = DEFAULT_MAX_BAD if options.max_bad is None else options.max_bad
+    few = len(dataset.items) <= MOST_PICTURES_ASKED
+    examined = yield from examine(
+        dataset,
+        options.limits,
+        options.cache,
+        labels=options.labels if few or options.labels is not None else False,
+        max_broken=0.0 if options.on_bad == "stop" else most,
+        seed=recipe.seed,
+        num_threads=options.num_threads,
+    )
+    sound = examined.subject.dataset
+    prepared = yield from prepare_data(
+        sound,
+        recipe,
+        options.limits,
+        options.cache,
+        together=examined.subject.copies.together,
+        leaked=leaked(examined.subject, "test"),
+    )
+    yield from _found(dataset, examined, options, run_folder)
+    yield from map(Notice, prepared.notices)
+    write_file(run_folder / "recipe.json", json.dumps(to_dict(recipe), indent=1).encode())
+    write_split(run_folder / "split.csv", sound, prepared.parts.tolist())
+    findings = tuple(f"{found.title} {found.remedy}" for found in examined.health.findings)
+    return prepared, findings
 
 
 def _found(

@@ -91,7 +91,7 @@ def examine(
     limits: Limits,
     cache: Cache,
     *,
-    labels: bool = True,
+    labels: bool | None = None,
     max_broken: float = 1.0,
     seed: int = 0,
     num_threads: int = 0,
@@ -103,7 +103,7 @@ def examine(
         limits: what pictures are refused.
         cache: where decoded pictures and features are kept.
         labels: look for wrong labels, outliers and what more pictures would bring too, which needs
-            the features of a pretrained network.
+            the features of a pretrained network; when None, where that is installed.
         max_broken: largest share of pictures that may be broken, 0 to 1; with more the check ends
             at once with an error.
         seed: of folds and samples.
@@ -114,7 +114,7 @@ def examine(
 
     Raises:
         DataError: more pictures than `max_broken` cannot be decoded; the text lists them.
-        MissingExtraError: scikit-learn is not installed.
+        MissingExtraError: scikit-learn is not installed, or the network that was asked for.
         WriteError: the cache could not be written.
     """
     try:
@@ -128,16 +128,9 @@ def examine(
         raise _too_many(dataset, known, max_broken)
     log.add("files", started, _files(dataset, known))
     sound = dataset.subset(known.sound.tolist()) if known.broken else dataset
-    features = None
-    if labels:
-        begun = time.perf_counter()
-        try:
-            features = yield from _features(sound, known, limits, cache, num_threads)
-            log.add("features", begun, [], f"{features.shape[1]} a picture")
-        except (MissingExtraError, DataError) as error:
-            log.skip("labels, outliers, forecast", str(error))
-    else:
-        log.skip("labels, outliers, forecast", "left out by --no-labels")
+    features = yield from _asked_features(
+        sound, known, (limits, cache), labels=labels, num_threads=num_threads, log=log
+    )
     # All that follows multiplies small matrices, where more threads only wait for one another.
     with threadpool_limits(limits=1):
         yield Stage("comparing pictures", 0, 1)
@@ -145,7 +138,14 @@ def examine(
         subject = Subject(sound, known, find_copies(known, features))
         log.add("duplicates and leaks", begun, list(copy_findings(subject)))
         answers, prospect = yield from _judge(subject, features, seed, log)
-    health = Health(
+    health = _summed_up(dataset, subject, log, prospect, started)
+    return Examined(health, known.broken, subject, answers)
+
+
+def _summed_up(
+    dataset: Dataset, subject: Subject, log: _Log, prospect: Forecast | None, started: float
+) -> Health:
+    return Health(
         name=dataset.name,
         location=dataset.location,
         created=f"{dt.datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}",
@@ -159,7 +159,6 @@ def examine(
         forecast=prospect,
         seconds=time.perf_counter() - started,
     )
-    return Examined(health, known.broken, subject, answers)
 
 
 def _judge(
@@ -179,19 +178,29 @@ def _judge(
     log.add("shortcuts", begun, list(shortcut_findings(subject, traits)), f"tested {tested}")
     if features is None:
         return None, None
+    return (yield from _judge_labels(subject, features, seed, log))
+
+
+def _judge_labels(
+    subject: Subject, features: NDArray[np.float32], seed: int, log: _Log
+) -> Generator[Stage, None, tuple[Labelling | None, Forecast | None]]:
+    """Run what needs the features of a pretrained network."""
     yield Stage("looking for wrong labels", 0, 1)
+    begun = time.perf_counter()
+    log.add("outliers", begun, list(outlier_findings(subject, features, seed)))
     begun = time.perf_counter()
     try:
         answers = labelling(subject, features, seed)
-        leaks = leaked(subject, "test")
-        if len(leaks):
-            log.explain("leaks-into-test", without_leaks(subject, answers, leaks))
-        log.add("wrong labels", begun, list(suspect_findings(subject, answers)))
-    except (MissingExtraError, DataError) as error:
-        log.skip("wrong labels", str(error))
+    except DataError as error:
+        log.skip("wrong labels, forecast", str(error))
         return None, None
-    begun = time.perf_counter()
-    log.add("outliers", begun, list(outlier_findings(subject, features, seed)))
+    leaks = leaked(subject, "test")
+    if len(leaks):
+        log.explain("leaks-into-test", without_leaks(subject, answers, leaks))
+    try:
+        log.add("wrong labels", begun, list(suspect_findings(subject, answers)))
+    except MissingExtraError as error:
+        log.skip("wrong labels", str(error))
     yield Stage("forecasting", 0, 1)
     begun = time.perf_counter()
     dataset = subject.dataset
@@ -235,22 +244,44 @@ def _staged(
         yield Stage(name, done, total)
 
 
-def _features(
-    sound: Dataset, known: Survey, limits: Limits, cache: Cache, num_threads: int
-) -> Generator[Stage, None, NDArray[np.float32]]:
-    """Return the features of every picture by a pretrained network.
+def _asked_features(
+    sound: Dataset,
+    known: Survey,
+    options: tuple[Limits, Cache],
+    *,
+    labels: bool | None,
+    num_threads: int,
+    log: _Log,
+) -> Generator[Stage, None, NDArray[np.float32] | None]:
+    """Return the features, if labels are to be looked at and there is something to look at."""
+    asked = "labels, outliers, forecast"
+    if labels is False:
+        log.skip(asked, "left out; --labels asks for it")
+        return None
+    if not len(known.sound):
+        log.skip(asked, "there are no pictures")
+        return None
+    begun = time.perf_counter()
+    try:
+        features = yield from _features(sound, known, options, num_threads)
+    except MissingExtraError as error:
+        if labels:
+            raise
+        log.skip(asked, str(error))
+        return None
+    log.add("features", begun, [], f"{features.shape[1]} a picture")
+    return features
 
-    Raises:
-        MissingExtraError: the network is not installed.
-        DataError: there are no pictures.
-    """
+
+def _features(
+    sound: Dataset, known: Survey, options: tuple[Limits, Cache], num_threads: int
+) -> Generator[Stage, None, NDArray[np.float32]]:
+    """Return the features of every picture by a pretrained network."""
     try:
         from kenspeckle.features import default_size, features_of
     except ModuleNotFoundError as error:
         raise MissingExtraError("looking for wrong labels", "train") from error
-    traits = known.traits
-    if not len(traits.height):
-        raise DataError("there are no pictures")
+    traits, (limits, cache) = known.traits, options
     side = default_size(float(np.median(np.sqrt(1.0 * traits.height * traits.width))))
     geometry = Geometry((side, side))
     reading = open_pixels(sound, geometry, limits, cache)
