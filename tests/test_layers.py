@@ -118,10 +118,10 @@ class TestInitialise:
         assert 0.5 * bound < layer.bias.detach().abs().max() <= bound
 
     def test_is_torchs_own_distribution(self):
-        # Torch draws from its global generator only; borrow it and give it back.
+        # Torch draws from its global generator only; borrow it, in a known state, and give it back.
         state = torch.get_rng_state()
+        torch.set_rng_state(seeded().get_state())
         theirs = nn.Conv2d(16, 64, 3)
-        torch.set_rng_state(state)
         ours = nn.Conv2d(16, 64, 3)
         initialise(ours, seeded())
         torch.set_rng_state(state)
