@@ -245,7 +245,7 @@ def test_the_forecast_is_drawn_and_told(text, page):
         "With 5,138 training pictures instead of 2,569, a linear head is expected to be right on "
         "91.0 % (90 % interval 90.1 to 91.9 %) instead of 89.3 %."
     ) in words
-    assert "More of 'daisy' would help most: twice its pictures bring it +4.1 points" in words
+    assert "'daisy' would gain most: +4.1 points of recall" in words
     assert f"tulip 88.0 % {MINUS}1.2 {MINUS}3.2 to +1.3" in words
     svg = Page(text[text.index("<svg") : text.index("</svg>") + 6]).words()
     for tick in ("160", "321", "642", "1,284", "2,569", "5,138", "training pictures"):
@@ -264,9 +264,11 @@ def test_whiskers_share_one_scale_with_its_zero():
 
 
 def test_a_forecast_promises_no_gain_where_there_is_none():
-    worse = ClassForecast("a", 0.9, -0.01, -0.02, 0.0)
-    forecast = dataclasses.replace(make_forecast(), classes=(worse,))
-    assert "would help most" not in checkpage.summary(make_health(forecast=forecast))
+    maybe = ClassForecast("a", 0.9, 0.01, -0.02, 0.04)
+    forecast = dataclasses.replace(make_forecast(), classes=(maybe,))
+    said = checkpage.summary(make_health(forecast=forecast))
+    assert "would gain most" not in said
+    assert "No class is shown to gain" in said
     none = dataclasses.replace(forecast, classes=())
     assert "Forecast per class" not in checkpage.render(make_health(forecast=none), {})
 

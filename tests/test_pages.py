@@ -126,6 +126,12 @@ def browse(folder: Path, texts: Mapping[str, str], widths: tuple[int, ...] = (36
                     assert escaped == 0
                     loaded = page.evaluate("[...document.images].every(i => i.naturalWidth > 0)")
                     assert loaded
+                    cut = page.evaluate(
+                        "[...document.querySelectorAll('.frame img')].filter(i =>"
+                        " i.offsetHeight > i.parentElement.clientHeight + 1"
+                        " || i.offsetWidth > i.parentElement.clientWidth + 1).length"
+                    )
+                    assert cut == 0  # a tall picture is shown whole
                     page.close()
         browser.close()
     own = [text for text in complaints if not text.startswith(("file:", "data:"))]

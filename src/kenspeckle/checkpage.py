@@ -164,13 +164,14 @@ def _forecast_words(forecast: Forecast) -> tuple[str, ...]:
         f"right on {percent(forecast.expected)} (90 % interval {spread(interval)}) instead of "
         f"{percent(now)}."
     )
-    best = next(iter(forecast.classes), None)
-    if best is None or best.gain <= 0:
+    if not forecast.classes:
         return (whole,)
+    best = next((found for found in forecast.classes if found.low > 0), None)
+    if best is None:
+        return whole, "No class is shown to gain from more pictures: every interval reaches zero."
     single = (
-        f"More of {pages.quoted(best.name)} would help most: twice its pictures bring it "
-        f"{points(best.gain)} points of recall (90 % interval {points(best.low)} to "
-        f"{points(best.high)})."
+        f"{pages.quoted(best.name)} would gain most: {points(best.gain)} points of recall (90 % "
+        f"interval {points(best.low)} to {points(best.high)})."
     )
     return whole, single
 

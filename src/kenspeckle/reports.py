@@ -56,7 +56,8 @@ def verdict(report: Report) -> Verdict:
     """Return what a report says, in plain words."""
     scores, split = report.judged, _split(report)
     pictures = count(scores.num_items, f"{split} picture")
-    seen = " it had never seen" if report.test else ""
+    new = report.test and not report.test_without_leaks
+    seen = " it had never seen" if new else ""
     return Verdict(
         headline=f"Right on {percent(scores.accuracy.value)} of {pictures}{seen} "
         f"(95 % interval {spread(scores.accuracy)}).",
@@ -135,7 +136,7 @@ def _cautions_on_evidence(report: Report) -> Iterator[str]:
         num = scores.num_items - honest.num_items
         yield (
             f"{num:,} of the {scores.num_items:,} test pictures also stand in the training "
-            f"pictures: it knew the answer. Without them it is right on "
+            f"pictures, where it may have learnt them by heart. Without them it is right on "
             f"{percent(honest.accuracy.value)} ({spread(honest.accuracy)})."
         )
     # With fewer pictures, and 15 bins, chance alone puts a perfect model that far off.

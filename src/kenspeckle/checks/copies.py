@@ -67,8 +67,8 @@ def copy_findings(subject: Subject) -> Iterator[Finding]:
         yield Finding(
             kind="exact-duplicates",
             severity="warning",
-            title=f"{extra:,} exact duplicate{'s' * (extra != 1)}: "
-            f"{sum(map(len, exact)):,} pictures are {len(exact):,} different ones.",
+            title=f"{extra:,} exact duplicate{'s' * (extra != 1)}, in {len(exact):,} "
+            f"group{'s' * (len(exact) != 1)} of equal pictures.",
             why="Copies weigh a picture double, and on two sides of a split they make the result "
             "look better than it is.",
             remedy="Keep one of each, unless the repetition means something.",
@@ -175,7 +175,8 @@ def _leaks(subject: Subject) -> Iterator[Finding]:
             f"too ({100 * len(found) / num_asked:.2g} %).",
             why="A model that learnt a picture by heart is right on its copy: the number is better "
             "than it would be on new pictures.",
-            remedy=f"Remove them from the {part} pictures, or let training draw the split anew.",
+            remedy=f"Remove them from the {part} pictures, or merge the parts, so "
+            "that training draws a split of its own.",
             training="keeps the split as it is given, and reports the accuracy with and without "
             "these pictures.",
             num_pictures=len(found),

@@ -162,7 +162,8 @@ def _colour(subject: Subject) -> Iterator[Finding]:
     yield Finding(
         kind="mixed-colour",
         severity="note",
-        title=f"{len(found):,} of {len(grey):,} pictures are {name}, unlike the others.",
+        title=f"{len(found):,} of {len(grey):,} pictures {'is' if len(found) == 1 else 'are'} "
+        f"{name}, unlike the others.",
         why="If colour goes with the class or the source, it is learnt instead of the thing.",
         remedy="Look whether they are of one class or source.",
         training="reads all as RGB.",
