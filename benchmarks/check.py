@@ -9,8 +9,8 @@ left out first): the share of planted exact, re-encoded, resized, brightened and
 are found, and the share of clean pictures that are called a copy; how often a corner mark on one
 class is found; the accuracy of a linear head on a test part of which a fifth leaks, as given and
 without the leaks, beside that of the clean test part; the accuracy with corrupt files skipped and
-with the same files removed; the time and memory of the check of 50,000 pictures without labels, cold
-and warm, in a process of its own.
+with the same files removed; the time and memory of the check of 50,000 pictures, without labels,
+cold and warm, in a process of its own.
 """
 
 import argparse
