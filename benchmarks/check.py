@@ -89,6 +89,10 @@ def clean_pictures(data: Path, scratch: Path) -> list[tuple[str, Image.Image]]:
     subset = dataset.subset(sorted(chosen.tolist()))
     together = checked(subset, scratch).subject.copies.together
     alone = np.flatnonzero(np.bincount(together, minlength=len(together))[together] == 1)
+    print(
+        f"{data.stem}: {1 - len(alone) / len(together):.1%} of {len(together):,} pictures, before"
+    )
+    print("  anything is planted, are called a copy of another and left out")
     pictures = []
     for index in alone[:NUM_CLEAN].tolist():
         item = subset.items[index]

@@ -176,6 +176,13 @@ def test_nothing_to_compare():
         assert len(near_pairs(np.zeros(num, np.uint64), sketches).pairs) == 0
 
 
+def test_only_the_items_asked_for_are_compared():
+    hashes, sketches = views([*STRANGERS, *map(CHANGES["half"], STRANGERS)])
+    items = np.array([*range(40), 42, 47])
+    found = near_pairs(hashes, sketches, items)
+    assert {tuple(pair) for pair in found.pairs.tolist()} == {(2, 42), (7, 47)}
+
+
 def test_lengths_must_agree():
     with pytest.raises(InvalidValueError, match="same length; got 2 and 3"):
         near_pairs(np.zeros(2, np.uint64), np.zeros((3, 32, 32, 3), np.uint8))

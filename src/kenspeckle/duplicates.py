@@ -108,7 +108,9 @@ def perceptual_hashes(grey: NDArray[np.uint8]) -> NDArray[np.uint64]:
 def near_pairs(
     hashes: NDArray[np.uint64],
     sketches: Pixels,
+    items: NDArray[np.int64] | None = None,
     candidates: Pairs | None = None,
+    *,
     seed: int = 0,
 ) -> NearPairs:
     """Return the pairs that are the same picture after resizing, re-encoding or slight cropping.
@@ -119,6 +121,8 @@ def near_pairs(
     Args:
         hashes: ``uint64 (N,)``, from `perceptual_hashes`.
         sketches: ``uint8 (N, 32, 32, 3)``, each picture squashed to that size.
+        items: indices of the pictures to compare, rising; all when None. Only sketches that are
+            compared are read: the others can stay on the disk.
         candidates: ``int64 (M, 2)``, more pairs to look at, such as those of `neighbour_pairs`.
         seed: of the random pairs that tell how alike the pictures of this set are anyway.
 
@@ -129,9 +133,10 @@ def near_pairs(
         raise InvalidValueError(
             f"hashes and sketches must have the same length; got {len(hashes)} and {len(sketches)}"
         )
-    found = [hash_pairs(hashes)] + ([] if candidates is None else [candidates])
+    items = np.arange(len(hashes)) if items is None else items
+    found = [items[hash_pairs(hashes[items])]] + ([] if candidates is None else [candidates])
     pairs = np.unique(np.concatenate(found), axis=0)
-    common = _common_similarity(sketches, seed)
+    common = _common_similarity(sketches, items, seed)
     # Where all pictures look alike (parts on a line, X-rays), being alike proves nothing: a pair
     # must be six times as near to equality as the nearest twentieth of random pairs.
     threshold = max(_SAME, 1 - (1 - common) / 6)
@@ -328,12 +333,12 @@ def _unit(grey: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(centred / np.maximum(length, 1e-6))
 
 
-def _common_similarity(sketches: Pixels, seed: int) -> float:
+def _common_similarity(sketches: Pixels, items: NDArray[np.int64], seed: int) -> float:
     """Return the correlation that only a twentieth of random pairs exceed."""
-    if len(sketches) < 3:
+    if len(items) < 3:
         return 0.0
     generator = np.random.default_rng(seed)
-    left, right = generator.integers(0, len(sketches), (2, 4000))
+    left, right = items[generator.integers(0, len(items), (2, 4000))]
     apart = left != right
     a, b = _blurred(sketches[left[apart]]), _blurred(sketches[right[apart]])
     return float(np.quantile(np.einsum("nhw,nhw->n", a, b), _COMMON_SHARE))

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kenspeckle.checks import Copies, Subject
-from kenspeckle.duplicates import NearPairs, connected, equal_groups, near_pairs, neighbour_pairs
+from kenspeckle.duplicates import connected, equal_groups, near_pairs, neighbour_pairs
 from kenspeckle.findings import Case, Finding
 from kenspeckle.survey import Survey
 
@@ -14,6 +14,7 @@ __all__ = ["copy_findings", "find_copies", "leaked"]
 
 _TOO_LARGE_SHARE = 0.1  # of all pictures in one chain of near pairs
 _TOO_LARGE_NUMBER = 50
+_MOST_NEIGHBOURS = 50_000  # pictures among which crops are sought by features: 40 s on 2 cores
 
 
 def find_copies(survey: Survey, features: NDArray[np.float32] | None = None) -> Copies:
@@ -22,7 +23,7 @@ def find_copies(survey: Survey, features: NDArray[np.float32] | None = None) -> 
     Args:
         survey: of N pictures.
         features: ``float32 (N, D)`` of a frozen network, where they are known: slight crops are
-            then found too.
+            then found too, among up to 50,000 different pictures: time grows with their square.
     """
     num_items = len(survey.digests)
     exact = equal_groups(survey.digests)
@@ -30,10 +31,9 @@ def find_copies(survey: Survey, features: NDArray[np.float32] | None = None) -> 
     np.minimum.at(first, exact, np.arange(num_items))
     kept = np.unique(first[exact])
     candidates = None
-    if features is not None:
-        candidates = neighbour_pairs(features[kept])
-    near = near_pairs(survey.hashes[kept], survey.traits.sketches[kept], candidates)
-    near = NearPairs(kept[near.pairs], near.similarity, near.threshold)
+    if features is not None and len(kept) <= _MOST_NEIGHBOURS:
+        candidates = kept[neighbour_pairs(features[kept])]
+    near = near_pairs(survey.hashes, survey.traits.sketches, kept, candidates)
     same = np.stack([first[exact], np.arange(num_items)], axis=1)
     together = connected(num_items, np.concatenate([same, near.pairs]))
     largest = int(np.bincount(together).max(initial=0))
