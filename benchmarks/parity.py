@@ -25,7 +25,7 @@ from kenspeckle.layers import normalise
 from kenspeckle.models import build
 from kenspeckle.pixels import Cache
 from kenspeckle.prediction import load
-from kenspeckle.recipes import DEFAULT
+from kenspeckle.recipes import named
 from kenspeckle.settings import with_settings
 from kenspeckle.sources import open_dataset
 
@@ -33,7 +33,7 @@ from kenspeckle.sources import open_dataset
 def main(data: Path) -> None:
     """Print agreement and the largest difference of a probability."""
     dataset = open_dataset(data / "flowers.zip")
-    recipe = with_settings(DEFAULT, ["epochs=2"])
+    recipe = with_settings(named("small-cnn"), ["epochs=2"])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         options = Options(cache=Cache(folder / "cache"), run_folder=folder / "run")

@@ -31,13 +31,13 @@ def share(name: str, changes: list[str]) -> float:
     every = np.arange(NUM_PICTURES)
     task = learning.Task(store, every % 10, every, every[:10], 10, Normalisation())
     network = build(recipe.model, 10, (32, 32), torch.Generator().manual_seed(0))
-    return min(_share(learning._Run(network, task, recipe, torch.device("cpu"))) for _ in range(4))
+    return min(_share(learning._Run(network, task, recipe)) for _ in range(4))
 
 
 def _share(run: learning._Run) -> float:
     """Return the share of one epoch that is spent in the feed."""
     spent = 0.0
-    feed = run.feed
+    feed = run.batches
 
     def timed(epoch: int, num_threads: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         nonlocal spent
@@ -50,7 +50,7 @@ def _share(run: learning._Run) -> float:
                 return
             yield pair
 
-    run.feed = timed  # type: ignore[method-assign]
+    run.batches = timed  # type: ignore[method-assign]
     started = time.perf_counter()
     for _step in run.steps(0, 0):
         pass

@@ -125,7 +125,7 @@ def our_epochs(task: Task, seed: int, epochs: int) -> tuple[Classifier, list[flo
     recipe = with_settings(named("seed-cnn"), [f"epochs={epochs}", f"seed={seed}"])
     network = build(recipe.model, 10, (32, 32), torch.Generator().manual_seed(seed))
     seconds = []
-    learning = learn(network, task, recipe, CPU, stop=threading.Event(), keep=lambda state: None)
+    learning = learn(network, task, recipe, stop=threading.Event(), keep=lambda state: None)
     started = time.perf_counter()
     for event in learning:
         if isinstance(event, EpochDone):

@@ -13,6 +13,7 @@ from kenspeckle.augmentation import (
     colour,
     cutout,
     mirrored,
+    mix,
     reflect,
     resample,
     take,
@@ -311,3 +312,52 @@ def test_cutout_centres_reach_every_pixel():
 def test_pictures_of_one_pixel_survive_everything():
     images = pictures(4, 1, 1)
     assert augment(images, torch.arange(4), EVERYTHING, 0, 0).shape == (4, 1, 1, 3)
+
+
+class TestMix:
+    def batch(self):
+        inputs = torch.randn(6, 3, 8, 10, generator=torch.Generator().manual_seed(0))
+        return inputs, torch.eye(6)
+
+    def share_of(self, targets):
+        """Return what is left of each picture, which must be the same for all."""
+        shares = targets.diagonal()
+        assert torch.allclose(shares, shares[0].expand(6), atol=1e-6)
+        assert torch.allclose(targets.sum(1), torch.ones(6))
+        return float(shares[0])
+
+    @given(st.integers(0, 100), st.floats(0.1, 3))
+    def test_mixup_is_the_blend_that_the_targets_state(self, number, amount):
+        inputs, targets = self.batch()
+        words = (1, 2, number)
+        mixed, shares = mix(inputs, targets, AugmentationConfig(mixup=amount), words)
+        share = self.share_of(shares)
+        assert torch.allclose(mixed, share * inputs + (1 - share) * inputs.roll(1, 0), atol=1e-5)
+
+    @given(st.integers(0, 100))
+    def test_cutmix_pastes_the_area_that_the_targets_state(self, number):
+        inputs, targets = self.batch()
+        mixed, shares = mix(inputs, targets, AugmentationConfig(cutmix=1.0), (1, 2, number))
+        pasted = (mixed != inputs).all(1)
+        assert torch.equal(mixed, torch.where(pasted[:, None], inputs.roll(1, 0), inputs))
+        assert self.share_of(shares) == pytest.approx(1 - float(pasted.float().mean()), abs=1e-6)
+        rows, columns = pasted[0].any(1), pasted[0].any(0)
+        assert torch.equal(pasted[0], rows[:, None] & columns[None, :])  # a rectangle
+
+    def test_with_both_a_coin_decides(self):
+        inputs, targets = self.batch()
+        config = AugmentationConfig(mixup=1.0, cutmix=1.0)
+        kinds = set()
+        for number in range(30):
+            mixed, _ = mix(inputs, targets, config, (0, 0, number))
+            kinds.add(bool((mixed == inputs).any()))
+        assert kinds == {True, False}
+
+    def test_the_choice_is_a_function_of_seed_epoch_and_batch(self):
+        inputs, targets = self.batch()
+        config = AugmentationConfig(mixup=0.4, cutmix=0.4)
+        first, again, other = (
+            mix(inputs, targets, config, words)[0] for words in ((1, 2, 3), (1, 2, 3), (1, 2, 4))
+        )
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
-from kenspeckle.config import EfficientNetLiteConfig
+from kenspeckle.config import EfficientNetLiteConfig, ResNetConfig
 from kenspeckle.core import InvalidValueError
+from kenspeckle.models import build
 from kenspeckle.models.efficientnet_lite import (
     EfficientNetLite,
     InvertedResidual,
@@ -68,6 +69,54 @@ def test_stages_are_the_published_ones():
 def test_the_map_is_a_32nd_of_the_picture_rounded_up(size):
     features = on_paper(0).features(torch.empty(2, 3, *size, device="meta"))
     assert features.shape == (2, 1280, math.ceil(size[0] / 32), math.ceil(size[1] / 32))
+
+
+@pytest.mark.parametrize(
+    ("variant", "channels", "num_tail"), [(0, 80, 9), (1, 80, 11), (2, 88, 11)]
+)
+def test_the_tail_is_the_last_three_stages(variant, channels, num_tail):
+    network = on_paper(variant)
+    middle = network.middle(torch.empty(2, 3, 97, 224, device="meta"))
+    assert middle.shape == (2, channels, math.ceil(97 / 16), 14)
+    assert network.tail(middle).shape == (2, 1280, math.ceil(97 / 32), 7)
+    assert len(network.tail_modules()) == num_tail
+
+
+def test_features_are_the_tail_of_the_middle():
+    config = EfficientNetLiteConfig()
+    network = build(config, 3, (64, 64), torch.Generator().manual_seed(0)).eval()
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        middle = network.middle(images)
+        before = middle.clone()
+        wanted = network.features(images)
+        assert_array_equal(network.tail(middle), wanted)
+        for module in network.tail_modules():
+            drawn(module)
+        assert_array_equal(network.middle(images), before)  # none of them is before the cut
+        assert not torch.equal(network.tail(middle), wanted)
+
+
+@pytest.mark.parametrize("variant", NUM_PARAMETERS)
+def test_stages_are_disjoint_and_hold_every_parameter(variant):
+    network = on_paper(variant)
+    held = [id(p) for stage in network.stages() for p in stage.parameters()]
+    assert held == [id(p) for p in network.parameters()]
+    assert len(set(held)) == len(held)
+    assert network.stages()[0] is network.stem
+    assert network.stages()[-1] is network.last_layer() is network.classes
+    assert [*network.stages()[-len(network.tail_modules()) - 1 : -1]] == network.tail_modules()
+
+
+def test_other_networks_are_one_stage_without_a_tail():
+    network = build(ResNetConfig((4,)), 3, (8, 8), torch.Generator())
+    assert network.stages() == [network]
+    assert network.last_layer() is network.get_submodule("classes")
+    assert not network.has_tail
+    image = torch.zeros(1, 3, 8, 8)
+    for ask in (lambda: network.middle(image), lambda: network.tail(image), network.tail_modules):
+        with pytest.raises(InvalidValueError, match="one that has a tail; got a ResNet"):
+            ask()
 
 
 def slow_same_convolution(x, weight, stride):

@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
 from kenspeckle import metrics
 from kenspeckle.core import Interval, InvalidValueError
+from kenspeckle.costs import Costs, decide
 from kenspeckle.evaluation import evaluate, worst_mistakes
 from kenspeckle.results import Scores
 
@@ -185,6 +188,77 @@ def test_without_mistakes_there_are_none_to_show():
 def test_mistakes_need_a_name_for_each_picture():
     with pytest.raises(InvalidValueError, match="got 2, 2 and 1"):
         worst_mistakes(certain([0, 1]), np.array([0, 1]), ("a",))
+
+
+# Costs.
+
+CAREFUL = Costs(((0.0, 1.0, 20.0), (1.0, 0.0, 1.0), (2.0, 1.0, 0.5)))
+
+
+def test_scores_with_costs_are_those_of_the_answers_that_cost_least():
+    probabilities, labels = draw(0, 150, 3)
+    usual, scores = (evaluate(probabilities, labels, CLASSES, 5, c) for c in (None, CAREFUL))
+    predicted = decide(probabilities, CAREFUL)
+    assert np.any(predicted != probabilities.argmax(axis=1))
+    # The same answers, given with certainty, have the same scores.
+    certainly = evaluate(certain(predicted.tolist()), labels, CLASSES, 5)
+    for name in ("accuracy", "precision", "recall", "f1", "confusion", "per_class"):
+        assert getattr(scores, name) == getattr(certainly, name)
+    for name in ("top_k_accuracy", "log_loss", "expected_calibration_error", "majority_accuracy"):
+        assert getattr(scores, name) == getattr(usual, name)
+    assert usual.mean_cost is None
+    assert Scores.from_dict(json.loads(json.dumps(scores.to_dict()))) == scores
+
+
+@settings(max_examples=5)  # each draws thousands of resamples
+@given(st.integers(0, 2**32), st.integers(1, 60))
+def test_the_mean_cost_is_that_of_the_answers(seed, num_items):
+    probabilities, labels = draw(seed, num_items, 3)
+    scores = evaluate(probabilities, labels, CLASSES, costs=CAREFUL)
+    predicted = decide(probabilities, CAREFUL)
+    paid = [CAREFUL.matrix[t][a] for t, a in zip(labels, predicted, strict=True)]
+    assert scores.mean_cost is not None
+    assert_allclose(scores.mean_cost.value, sum(paid) / num_items)
+    assert min(paid) <= scores.mean_cost.low <= scores.mean_cost.high <= max(paid)
+
+
+def test_the_interval_of_the_mean_cost_is_the_bootstraps():
+    probabilities, labels = draw(3, 400, 3)
+    mean_cost = evaluate(probabilities, labels, CLASSES, costs=CAREFUL).mean_cost
+    assert mean_cost is not None
+    paid = CAREFUL.array[labels, decide(probabilities, CAREFUL)]
+    half = 1.96 * paid.std() / 20
+    assert_allclose(
+        [mean_cost.low, mean_cost.high], paid.mean() + np.array([-half, half]), rtol=0.1
+    )
+
+
+def test_costs_of_other_classes_are_refused():
+    probabilities, labels = draw(0, 5, 3)
+    other = Costs(((0.0, 1.0), (1.0, 0.0)))
+    with pytest.raises(InvalidValueError, match="a column for each class that the costs name"):
+        evaluate(probabilities, labels, CLASSES, costs=other)
+    with pytest.raises(InvalidValueError, match="a column for each class that the costs name"):
+        worst_mistakes(probabilities, labels, tuple("abcde"), costs=other)
+
+
+@given(st.integers(0, 2**32), st.integers(0, 30), st.booleans())
+def test_worst_mistakes_are_the_dearest_then_the_most_probable(seed, num, with_costs):
+    probabilities, labels = draw(seed, 25, 3)
+    costs = CAREFUL if with_costs else None
+    predicted = decide(probabilities, costs)
+    names = tuple(f"{index}.png" for index in range(25))
+    slow = sorted(
+        (index for index in range(25) if predicted[index] != labels[index]),
+        key=lambda i: (
+            -CAREFUL.matrix[labels[i]][predicted[i]] if with_costs else 0,
+            -probabilities[i, predicted[i]],
+        ),
+    )[:num]
+    found = worst_mistakes(probabilities, labels, names, num, costs)
+    assert [(m.index, m.name) for m in found] == [(i, names[i]) for i in slow]
+    assert [m.predicted for m in found] == [predicted[i] for i in slow]
+    assert [m.probability for m in found] == [probabilities[i, predicted[i]] for i in slow]
 
 
 @pytest.mark.slow

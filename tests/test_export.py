@@ -1,5 +1,6 @@
 """The graph answers as the network does, is plain ONNX, and says nothing of where it was made."""
 
+import copy
 import json
 import logging
 import sys
@@ -12,15 +13,24 @@ import onnxruntime
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
-from kenspeckle.core import Geometry, ModelFileError, Normalisation
+from kenspeckle import export
+from kenspeckle.config import ResNetConfig
+from kenspeckle.core import Geometry, InvalidValueError, ModelFileError, Normalisation
 from kenspeckle.export import (
     Deployed,
+    Trunk,
     check_parity,
+    cut,
+    deployable,
+    fold_norms_,
+    graft,
     reference_members,
     to_onnx,
     to_safetensors,
 )
+from kenspeckle.graphs import check_graph
 from kenspeckle.images import prepare
 from kenspeckle.layers import Classifier
 from kenspeckle.modelfile import Manifest, ModelFile, read
@@ -178,6 +188,227 @@ def test_a_network_that_is_no_graph_is_refused():
         to_onnx(Deployed(Deciding(), Normalisation(), 1.0), Geometry(SIZE))
     assert exporter_log.level == logging.INFO
     exporter_log.setLevel(level)
+
+
+def drawn(network, seed):
+    """Set weights and statistics at random, so that no two tensors are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if tensor.is_floating_point():
+                low = 0.5 if name.endswith("running_var") else -0.5
+                tensor.uniform_(low, low + 1, generator=generator)
+    return network.eval()
+
+
+def a_resnet(seed, num_classes=3, channels=(4, 6)):
+    config = ResNetConfig(channels, num_blocks=1, dropout=0.5)
+    return drawn(build(config, num_classes, SIZE, torch.Generator()), seed)
+
+
+NORMALISATION = Normalisation((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+
+
+def template(network):
+    fold_norms_(network, SIZE)
+    return to_onnx(Trunk(network, NORMALISATION), Geometry(SIZE))
+
+
+@pytest.fixture(scope="module")
+def trunk():
+    """The graph of a residual network that others can be grafted into."""
+    return template(a_resnet(1, num_classes=1))
+
+
+def outputs(graph, pictures):
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, {"images": pictures}), strict=True))
+
+
+class TestFolding:
+    def test_answers_stay_and_norms_go(self):
+        network, images = a_resnet(2), torch.randn(3, 3, *SIZE, generator=torch.Generator())
+        with torch.no_grad():
+            wanted = network(images)
+            fold_norms_(network, SIZE)
+            torch.testing.assert_close(network(images), wanted, atol=1e-5, rtol=1e-5)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+    @pytest.mark.parametrize("between", [nn.ReLU(inplace=True), nn.ReLU(), nn.MaxPool2d(2)])
+    def test_a_norm_after_something_else_is_left(self, between):
+        network = OneNorm(between)
+        images = torch.randn(3, 3, *SIZE, generator=torch.Generator())
+        with torch.no_grad():
+            wanted = drawn(network, 3)(images)
+            fold_norms_(network, SIZE)
+            torch.testing.assert_close(network(images), wanted)
+        assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == 1
+
+    def test_the_activation_inside_a_norm_is_left(self):
+        network = OneNorm(nn.Identity())
+        network.layers[2] = NormWithActivation(4)
+        images = torch.randn(3, 3, *SIZE, generator=torch.Generator())
+        with torch.no_grad():
+            wanted = drawn(network, 3)(images)
+            fold_norms_(network, SIZE)
+            torch.testing.assert_close(network(images), wanted)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+class OneNorm(Classifier):
+    """A convolution, something, and a norm."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), between, nn.BatchNorm2d(4))
+        self.classes = nn.Linear(4, 2)
+
+    def features(self, images):
+        return self.layers(images)
+
+    def embed(self, features):
+        return features.mean((2, 3))
+
+    def classify(self, embedding):
+        return self.classes(embedding)
+
+
+class NormWithActivation(nn.BatchNorm2d):
+    """As timm has them."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+class TestGraft:
+    @pytest.mark.parametrize("num_classes", [3, 17])
+    def test_a_grafted_graph_answers_as_the_exported_one(self, trunk, num_classes):
+        network = a_resnet(2, num_classes)
+        graph = graft(trunk, network, TEMPERATURE)
+        wanted = to_onnx(Deployed(network, NORMALISATION, TEMPERATURE), Geometry(SIZE))
+        pictures = some_pictures(5)
+        found, expected = outputs(graph, pictures), outputs(wanted, pictures)
+        assert list(found) == list(expected)
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, atol=1e-5, rtol=1e-5, err_msg=name)
+        interfaces = []
+        for model in map(onnx.load_model_from_string, (graph, wanted)):
+            onnx.checker.check_model(model, full_check=True)
+            ends = [*model.graph.input, *model.graph.output]
+            interfaces.append([(end.name, end.type.SerializeToString()) for end in ends])
+        assert interfaces[0] == interfaces[1]
+        check_graph(graph)
+
+    def test_a_model_accepts_it(self, trunk):
+        network = a_resnet(2)
+        model = a_model(graft(trunk, network, TEMPERATURE))
+        deployed = Deployed(network, NORMALISATION, TEMPERATURE)
+        assert check_parity(deployed, model, some_pictures(20)) < 1e-5
+
+    def test_the_network_stays_as_it_is(self, trunk):
+        network = a_resnet(2)
+        before = copy.deepcopy(network.state_dict())
+        assert graft(trunk, network, 1.0) == graft(trunk, network, 1.0)
+        after = network.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+    def test_a_last_layer_without_bias(self, trunk):
+        network = a_resnet(2)
+        wanted = copy.deepcopy(network)
+        last = wanted.last_layer()
+        network.last_layer().register_parameter("bias", None)
+        with torch.no_grad():
+            last.bias.zero_()
+        pictures = some_pictures(4)
+        found, expected = (outputs(graft(trunk, n, 1.0), pictures) for n in (network, wanted))
+        np.testing.assert_array_equal(found["logits"], expected["logits"])
+
+    @pytest.mark.parametrize(
+        ("channels", "message"),
+        [
+            ((4, 8), r"weight network.blocks.1.* of shape \(6, 4, 3, 3\); got one of shape \(8,"),
+            ((4,), r"weight network.blocks.1.* of shape .*; got none"),
+            ((4, 6, 6), r"template must hold every weight; it lacks network.blocks.2"),
+        ],
+    )
+    def test_another_architecture_is_refused(self, trunk, channels, message):
+        with pytest.raises(ModelFileError, match=message):
+            graft(trunk, a_resnet(2, channels=channels), 1.0)
+
+    def test_weights_that_the_exporter_merged_are_noticed(self):
+        network = a_resnet(1)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()  # biases are equal when folded, and kept once
+        with pytest.raises(ModelFileError, match=r"template must hold every weight; it lacks"):
+            graft(template(network), a_resnet(2), 1.0)
+
+
+class TestDeployable:
+    def test_a_template_saves_the_exporter(self, trunk, monkeypatch):
+        monkeypatch.delattr(export, "to_onnx")
+        network = a_resnet(2)
+        graph = deployable(Deployed(network, NORMALISATION, 1.5), Geometry(SIZE), trunk)
+        assert graph == graft(trunk, network, 1.5)
+
+    def test_without_one_or_with_anothers_the_exporter_writes_the_graph(self, trunk):
+        geometry, pictures = Geometry(SIZE), some_pictures(3)
+        deployed = Deployed(a_resnet(2, channels=(4,)), NORMALISATION, 1.5)
+        with torch.no_grad():
+            wanted = deployed(torch.from_numpy(pictures))[1]
+        for given in (None, trunk):
+            found = outputs(deployable(deployed, geometry, given), pictures)
+            np.testing.assert_allclose(found["probabilities"], wanted, atol=1e-6)
+
+
+class TestCut:
+    def test_a_part_holds_what_its_outputs_need(self, trunk):
+        part = cut(trunk, ["features"])
+        names = [output.name for output in onnx.load_model_from_string(part).graph.output]
+        assert names == ["features"]
+        pictures = some_pictures(3)
+        found, whole = outputs(part, pictures), outputs(trunk, pictures)
+        np.testing.assert_array_equal(found["features"], whole["features"])
+        num_nodes = [len(onnx.load_model_from_string(g).graph.node) for g in (part, trunk)]
+        assert num_nodes[0] == num_nodes[1] - 1  # the average
+
+    def test_weights_that_are_not_needed_are_left_out(self):
+        value = onnx.helper.make_tensor_value_info
+        graph = onnx.helper.make_graph(
+            [
+                onnx.helper.make_node("Mul", ["x", "a"], ["middle"]),
+                onnx.helper.make_node("Mul", ["middle", "b"], ["end"]),
+            ],
+            "two",
+            [value("x", 1, [1])],
+            [value("middle", 1, [1]), value("end", 1, [1])],
+            [onnx.helper.make_tensor(name, 1, [1], [2.0]) for name in "ab"],
+        )
+        part = cut(onnx.helper.make_model(graph).SerializeToString(), ["middle"])
+        found = onnx.load_model_from_string(part).graph
+        assert [node.output[0] for node in found.node] == ["middle"]
+        assert [tensor.name for tensor in found.initializer] == ["a"]
+
+    def test_an_output_that_is_not_there_is_named(self, trunk):
+        with pytest.raises(InvalidValueError, match=r"\['embedding', 'features'\]; got 'middle'"):
+            cut(trunk, ["middle"])
+
+
+def test_layers_are_after_an_export_what_they_were_before():
+    network = OneNorm(nn.ReLU(inplace=True))
+    network.layers.append(nn.AdaptiveAvgPool2d(1))
+    before = {name: set(vars(module)) for name, module in network.named_modules()}
+    graph = to_onnx(Deployed(network, NORMALISATION, 1.0), Geometry(SIZE))
+    check_graph(graph)
+    assert {name: set(vars(module)) for name, module in network.named_modules()} == before
+    assert isinstance(network.layers[1], nn.ReLU)
+    assert network.layers[1].inplace
 
 
 def test_equal_weights_are_equal_bytes_that_come_back():

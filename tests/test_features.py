@@ -14,14 +14,23 @@ from numpy.testing import assert_allclose, assert_array_equal
 from onnx import TensorProto, helper
 
 from kenspeckle import features
+from kenspeckle.backbones import Backbone, open_backbone
 from kenspeckle.config import EfficientNetLiteConfig
-from kenspeckle.core import Geometry, ImageError, InvalidValueError, ModelFileError, WriteError
-from kenspeckle.features import Backbone, default_size, features_of
+from kenspeckle.core import (
+    Geometry,
+    ImageError,
+    InvalidValueError,
+    ModelFileError,
+    Normalisation,
+    WriteError,
+)
+from kenspeckle.export import Deployed, graft
+from kenspeckle.features import default_size, features_of, maps_of, template_of
 from kenspeckle.files import PART_SUFFIX
 from kenspeckle.layers import normalise
 from kenspeckle.models import build
 from kenspeckle.pixels import Cache, CachedPixels
-from kenspeckle.pretrained import NORMALISATION, load_
+from kenspeckle.pretrained import NORMALISATION, PRETRAINED, load_
 
 SIZE = (24, 40)
 GEOMETRY = Geometry(SIZE)
@@ -34,9 +43,25 @@ def a_store(num=11, seed=0):
     return CachedPixels(images, rng.integers(0, 256, (num, 16), np.uint8))
 
 
-def extracted(store, cache, geometry=GEOMETRY, **options):
+def a_backbone(variant=0, sha256="", normalisation=NORMALISATION, dropout=0.2):
+    """Return a backbone whose weights are never asked for."""
+    config = EfficientNetLiteConfig(variant, dropout)
+    sha256 = sha256 or PRETRAINED[variant].sha256
+    return Backbone(config, "imagenet", sha256, normalisation, None, lambda _: None)
+
+
+def extracted(store, cache, geometry=GEOMETRY, backbone=None, **options):
     """Return the features, and the steps of progress."""
-    extraction, steps = features_of(store, geometry, cache, **options), []
+    return drained(features_of(store, geometry, cache, backbone or a_backbone(), **options))
+
+
+def mapped(store, cache, geometry=GEOMETRY, backbone=None, **options):
+    """Return the maps, and the steps of progress."""
+    return drained(maps_of(store, geometry, cache, backbone or a_backbone(), **options))
+
+
+def drained(extraction):
+    steps = []
     while True:
         try:
             steps.append(next(extraction))
@@ -48,20 +73,31 @@ def files(cache, kind):
     return sorted((cache.folder / kind).glob("*"))
 
 
-def mean_graph(size=SIZE, scale=1.0):
-    """Return a tiny graph in the backbone's place: scaled means of R, G, B, over and over."""
-    table = np.zeros((3, NUM_FEATURES), np.float32)
-    for feature in range(NUM_FEATURES):
+def mean_graph(size=SIZE, scale=1.0, num_features=NUM_FEATURES):
+    """Return a tiny graph in the backbone's place.
+
+    Its embedding is scaled means of R, G, B, over and over; its middle the means of 8 x 8 pixels.
+    """
+    table = np.zeros((3, num_features), np.float32)
+    for feature in range(num_features):
         table[feature % 3, feature] = scale
+    sides = [size[0] // 8, size[1] // 8]
     graph = helper.make_graph(
         [
             helper.make_node("Cast", ["images"], ["levels"], to=TensorProto.FLOAT),
             helper.make_node("ReduceMean", ["levels", "axes"], ["means"], keepdims=0),
             helper.make_node("MatMul", ["means", "table"], ["embedding"]),
+            helper.make_node("Transpose", ["levels"], ["planes"], perm=[0, 3, 1, 2]),
+            helper.make_node(
+                "AveragePool", ["planes"], ["middle"], kernel_shape=[8, 8], strides=[8, 8]
+            ),
         ],
         "means",
         [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", *size, 3])],
-        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", NUM_FEATURES])],
+        [
+            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", num_features]),
+            helper.make_tensor_value_info("middle", TensorProto.FLOAT, ["n", 3, *sides]),
+        ],
         [
             helper.make_tensor("axes", TensorProto.INT64, [2], [1, 2]),
             helper.make_tensor("table", TensorProto.FLOAT, table.shape, table.ravel()),
@@ -77,15 +113,20 @@ def means(store):
     return np.tile(channels, NUM_FEATURES // 3 + 1)[:, :NUM_FEATURES]
 
 
+def blocks(store):
+    """Return the means of 8 x 8 pixels, ``(N, h, w, 3)``."""
+    num, height, width, _ = store.images.shape
+    return store.images.reshape(num, height // 8, 8, width // 8, 8, 3).mean((2, 4))
+
+
 @pytest.fixture
 def exports(monkeypatch):
     """Put a tiny graph in the network's place, and count how often it is exported."""
     calls = []
 
-    def exported(backbone):
+    def exported(backbone, size):
         calls.append(backbone)
-        graph = mean_graph(backbone.size)
-        return graph, features._opened(graph)
+        return mean_graph(size)
 
     monkeypatch.setattr(features, "_exported", exported)
     return calls
@@ -136,7 +177,9 @@ class TestCache:
             (CachedPixels(store.images[::-1], store.digests[::-1]), {}),
             (store, {"geometry": Geometry(SIZE, fit="pad")}),
             (store, {"geometry": Geometry(SIZE, interpolation="bicubic")}),
-            (store, {"variant": 1}),
+            (store, {"backbone": a_backbone(1)}),
+            (store, {"backbone": a_backbone(sha256="00")}),
+            (store, {"backbone": a_backbone(normalisation=Normalisation())}),
         ]
         for num, (pictures, options) in enumerate(other, start=2):
             _, steps = extracted(pictures, cache, **options)
@@ -160,7 +203,34 @@ class TestCache:
         store = a_store(seed=2)
         assert_allclose(extracted(store, cache)[0], means(store), rtol=1e-5)
         assert len(exports) == 2
-        assert path.read_bytes() == mean_graph()
+        assert path.read_bytes()[features.DIGEST_BYTES :] == mean_graph()
+
+    def test_one_changed_bit_of_a_graph_is_noticed(self, exports, cache):
+        graph = template_of(a_backbone(), SIZE, cache)
+        (path,) = files(cache, "backbones")
+        damaged = bytearray(path.read_bytes())
+        damaged[-50] ^= 1
+        path.write_bytes(damaged)
+        assert template_of(a_backbone(), SIZE, cache) == graph == mean_graph()
+        assert len(exports) == 2
+
+    def test_dropout_is_no_part_of_the_key(self, exports, cache):
+        extracted(a_store(), cache)
+        _, steps = extracted(a_store(), cache, backbone=a_backbone(dropout=0.0))
+        assert steps == []
+
+    @pytest.mark.parametrize("num_features", [7, 512])
+    def test_the_network_says_how_many_features_there_are(self, monkeypatch, cache, num_features):
+        graph = mean_graph(num_features=num_features)
+        monkeypatch.setattr(features, "_exported", lambda *_: graph)
+        for _ in range(2):
+            found, _ = extracted(a_store(), cache)
+            assert_allclose(found, means(a_store())[:, :num_features], rtol=1e-5)
+
+    def test_the_default_is_the_packaged_network(self, exports, cache):
+        drained(features_of(a_store(), GEOMETRY, cache))
+        (backbone,) = exports
+        assert (backbone.name, backbone.weights) == ("efficientnet-lite0", "imagenet")
 
     def test_features_beyond_the_limit_are_held_in_memory(self, exports, cache):
         small = Cache(cache.folder, limit_bytes=0)
@@ -171,7 +241,7 @@ class TestCache:
 
     def test_the_least_recently_used_files_make_room(self, exports, cache):
         num_bytes = 11 * NUM_FEATURES * 4
-        limited = Cache(cache.folder, limit_bytes=2 * num_bytes + len(mean_graph()))
+        limited = Cache(cache.folder, limit_bytes=2 * num_bytes + len(mean_graph()) + 1000)
         pixels = limited.pixels / "old.u8"
         pixels.parent.mkdir(parents=True)
         pixels.write_bytes(b"x" * num_bytes)
@@ -202,7 +272,7 @@ class TestCache:
         assert young.exists()
 
     def test_a_run_that_is_stopped_leaves_nothing_behind(self, exports, cache):
-        extraction = features_of(a_store(300), GEOMETRY, cache)
+        extraction = features_of(a_store(300), GEOMETRY, cache, a_backbone())
         next(extraction)
         extraction.close()
         assert files(cache, "features") == []
@@ -240,52 +310,108 @@ class TestCache:
         assert len(files(cache, "features")) == 1
 
 
-class TestRefusals:
-    def test_there_is_no_fourth_variant(self, cache):
-        with pytest.raises(InvalidValueError, match="variant must be 0, 1 or 2; got 3"):
-            extracted(a_store(), cache, variant=3)
+class TestMaps:
+    @pytest.mark.parametrize("num_threads", [1, 3])
+    def test_rows_are_the_graphs_with_channels_last(self, exports, cache, num_threads):
+        store = a_store(300)
+        found, steps = mapped(store, cache, num_threads=num_threads)
+        assert (found.shape, found.dtype) == ((300, 3, 5, 3), np.float16)
+        assert_allclose(found, blocks(store), rtol=2**-11)
+        assert steps[-1] == (300, 300)
+        assert not found.flags.writeable
 
-    def test_threads_are_counted_from_zero(self, cache):
+    def test_mirrored_maps_are_those_of_the_mirrored_pictures(self, exports, cache):
+        store = a_store()
+        plain, _ = mapped(store, cache)
+        found, steps = mapped(store, cache, mirrored=True)
+        assert steps
+        mirrored = CachedPixels(store.images[:, :, ::-1], store.digests)
+        assert_allclose(found, blocks(mirrored), rtol=2**-11)
+        assert np.abs(found - plain.astype(np.float32)).max() > 1
+        assert len(files(cache, "maps")) == 2
+        assert len(exports) == 1
+
+    def test_a_second_run_computes_nothing(self, exports, cache):
+        first, _ = mapped(a_store(), cache)
+        again, steps = mapped(a_store(), cache)
+        assert_array_equal(again, first)
+        assert steps == []
+
+    def test_maps_make_room_for_others(self, exports, cache):
+        store = a_store()
+        mapped(store, cache)
+        (old,) = files(cache, "maps")
+        small = Cache(cache.folder, limit_bytes=old.stat().st_size + len(mean_graph()) + 100)
+        os.utime(old, (1, 1))
+        mapped(a_store(seed=1), small)
+        assert not old.exists()
+        assert len(files(cache, "maps")) == 1
+
+    def test_maps_beyond_the_limit_are_held_in_memory(self, exports, cache):
+        found, _ = mapped(a_store(), Cache(cache.folder, limit_bytes=0))
+        assert_allclose(found, blocks(a_store()), rtol=2**-11)
+        assert not cache.folder.exists()
+
+    def test_a_cache_that_cannot_be_written_is_named(self, exports, cache):
+        cache.folder.mkdir()
+        (cache.folder / "maps").write_bytes(b"a file where a folder should be")
+        with pytest.raises(WriteError, match=r"the map cache .*; choose .*--cache-limit 0"):
+            mapped(a_store(), cache)
+
+    def test_a_network_without_a_tail_has_none(self, monkeypatch, cache):
+        model = onnx.load_model_from_string(mean_graph())
+        del model.graph.output[1]
+        monkeypatch.setattr(features, "_exported", lambda *_: model.SerializeToString())
+        with pytest.raises(InvalidValueError, match=r"one of \['embedding'\]; got 'middle'"):
+            mapped(a_store(), cache)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("compute", [extracted, mapped])
+    def test_threads_are_counted_from_zero(self, cache, compute):
         with pytest.raises(InvalidValueError, match="num_threads must be at least 0; got -1"):
-            extracted(a_store(), cache, num_threads=-1)
+            compute(a_store(), cache, num_threads=-1)
 
     def test_pictures_of_another_size_are_refused(self, exports, cache):
         with pytest.raises(ModelFileError, match=r"the backbone's graph fails: .*dimensions"):
             extracted(a_store(), cache, Geometry((24, 41)))
 
-    @pytest.mark.parametrize("scale", [1.0, float("nan")])
-    def test_a_graph_that_differs_from_the_network_is_refused(self, monkeypatch, scale):
-        monkeypatch.setattr(features, "to_onnx", lambda *_: mean_graph(scale=scale))
+    @pytest.mark.parametrize("change", [0.01, float("nan")])
+    def test_a_graph_that_differs_from_the_network_is_refused(self, monkeypatch, change, exported):
+        model = onnx.load_model_from_string(exported)
+        (bias,) = [t for t in model.graph.initializer if t.name == "network.head.0.bias"]
+        bias.raw_data = (np.frombuffer(bias.raw_data, np.float32) + change).tobytes()
+        monkeypatch.setattr(features, "to_onnx", lambda *_: model.SerializeToString())
         with pytest.raises(ModelFileError, match="efficientnet-lite0 differs from the network by"):
-            features._exported(Backbone(0, SIZE))
+            features._exported(open_backbone(EfficientNetLiteConfig(), "imagenet"), SIZE)
 
 
-class TestBackbone:
-    def test_keys_differ_by_network_size_and_versions(self, monkeypatch):
-        keys = [Backbone(v, size).key for v in (0, 1, 2) for size in ((64, 64), (64, 96), (96, 64))]
-        monkeypatch.setattr(torch, "__version__", "0.0.1")
-        keys.append(Backbone(0, (64, 64)).key)
-        monkeypatch.setattr(features, "GRAPH_VERSION", 0)
-        keys.append(Backbone(0, (64, 64)).key)
-        assert len(set(keys)) == 11
-
-    def test_has_the_name_of_its_weights(self):
-        assert [Backbone(v, SIZE).name for v in (0, 2)] == [
-            "efficientnet-lite0",
-            "efficientnet-lite2",
-        ]
+def test_keys_differ_by_network_size_and_versions(monkeypatch):
+    sizes = [(64, 64), (64, 96), (96, 64)]
+    keys = [features._key(a_backbone(v), size) for v in (0, 1, 2) for size in sizes]
+    monkeypatch.setattr(torch, "__version__", "0.0.1")
+    keys.append(features._key(a_backbone(), (64, 64)))
+    monkeypatch.setattr(features, "GRAPH_VERSION", 0)
+    keys.append(features._key(a_backbone(), (64, 64)))
+    assert len(set(keys)) == 11
 
 
 @pytest.fixture(scope="module")
-def exported():
-    """The pretrained network's graph, opened."""
-    return features._exported(Backbone(0, SIZE))
+def lite():
+    """The packaged network with its weights."""
+    return open_backbone(EfficientNetLiteConfig(), "imagenet")
+
+
+@pytest.fixture(scope="module")
+def exported(lite):
+    """The pretrained network's graph."""
+    return features._exported(lite, SIZE)
 
 
 class TestRealNetwork:
     @pytest.fixture
     def real(self, exported, monkeypatch, cache):
-        monkeypatch.setattr(features, "_exported", lambda _: exported)
+        monkeypatch.setattr(features, "_exported", lambda *_: exported)
         return cache
 
     def test_features_are_the_pretrained_networks(self, real):
@@ -298,6 +424,20 @@ class TestRealNetwork:
         found, _ = extracted(store, real)
         assert_allclose(found, wanted, atol=1e-4)
         assert np.abs(found - found.mean(0)).max() > 0.1  # pictures are told apart
+
+    @pytest.mark.parametrize("mirrored", [False, True])
+    def test_the_tail_makes_features_of_the_maps(self, real, lite, mirrored):
+        store = a_store(9)
+        images = store.images[:, :, ::-1] if mirrored else store.images
+        wanted, _ = extracted(CachedPixels(images.copy(), store.digests), real)
+        maps, _ = mapped(store, real, mirrored=mirrored)
+        assert maps.shape == (9, 2, 3, 80)
+        network = lite.network(3, SIZE, torch.Generator()).eval()
+        inputs = torch.from_numpy(maps.astype(np.float32)).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            found = network.embed(network.tail(inputs))
+        assert_allclose(found, wanted, atol=0.01)  # of 0 to 6, where a map holds few pixels
+        assert np.abs(found.numpy() - wanted).mean() < 1e-4
 
     def test_a_row_depends_on_its_picture_alone(self, real):
         store = a_store(21)
@@ -315,6 +455,21 @@ class TestRealNetwork:
             path.unlink()
         monkeypatch.delattr(features, "_exported")
         assert_array_equal(extracted(a_store(), real)[0], wanted)
+
+    def test_trained_weights_are_grafted_into_the_graph(self, exported, lite):
+        generator = torch.Generator().manual_seed(5)
+        network = lite.network(3, SIZE, generator)
+        pictures = torch.from_numpy(a_store(16).images)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                noise = torch.empty_like(parameter).normal_(generator=generator)
+                parameter.add_(0.05 * parameter.std(correction=0) * noise)
+            network.train()(normalise(pictures, *dataclasses.astuple(NORMALISATION)))
+            wanted = Deployed(network, NORMALISATION, 1.7).eval()(pictures)
+        found = features._run(features._opened(graft(exported, network, 1.7)), pictures.numpy())
+        for mine, torchs in zip(found, wanted, strict=True):
+            scale = max(1.0, float(torchs.abs().max()))
+            assert_allclose(mine / scale, torchs / scale, atol=1e-5)
 
 
 def test_the_default_size_is_a_multiple_of_32_from_160_to_224():

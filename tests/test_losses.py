@@ -14,6 +14,7 @@ from kenspeckle.losses import (
     binary_cross_entropy,
     cross_entropy,
     focal,
+    mixed_cross_entropy,
     objective,
     squared_error,
 )
@@ -123,21 +124,44 @@ LABELS = torch.tensor([0, 0, 0, 1])
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_objective_is_the_named_loss(name):
-    found = objective(LossConfig(name=name), [3, 1])(LOGITS, LABELS)
+    found = objective(LossConfig(name=name))(LOGITS, LABELS)
     assert_allclose(found, LOSSES[name](LOGITS, LABELS))
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_objective_weighs_each_item_by_its_class(name):
-    config = LossConfig(name=name, class_weights="balanced")
-    found = objective(config, [3, 1])(LOGITS, LABELS)
+    found = objective(LossConfig(name=name), [3, 1])(LOGITS, LABELS)
     weights = torch.tensor([2 / 3, 2 / 3, 2 / 3, 2])
     assert_allclose(found, LOSSES[name](LOGITS, LABELS) * weights, rtol=1e-6)
 
 
 def test_objective_passes_the_settings_on():
-    smooth = objective(LossConfig(label_smoothing=0.3), [3, 1])(LOGITS, LABELS)
+    smooth = objective(LossConfig(label_smoothing=0.3))(LOGITS, LABELS)
     assert_allclose(smooth, cross_entropy(LOGITS, LABELS, label_smoothing=0.3))
-    sharp = objective(LossConfig(name="focal", gamma=5.0), [3, 1])(LOGITS, LABELS)
+    sharp = objective(LossConfig(name="focal", gamma=5.0))(LOGITS, LABELS)
     assert_allclose(sharp, focal(LOGITS, LABELS, gamma=5.0))
     assert not torch.allclose(sharp, focal(LOGITS, LABELS))
+
+
+def test_mixed_cross_entropy_of_whole_targets_is_the_cross_entropy():
+    targets = torch.nn.functional.one_hot(LABELS, LOGITS.shape[1]).to(LOGITS.dtype)
+    for smoothing in (0.0, 0.2):
+        found = mixed_cross_entropy(LOGITS, targets, smoothing)
+        assert_allclose(found, cross_entropy(LOGITS, LABELS, smoothing), rtol=1e-5)
+
+
+def test_mixed_cross_entropy_is_linear_in_its_targets():
+    first, second = (
+        torch.nn.functional.one_hot(labels, LOGITS.shape[1]).to(LOGITS.dtype)
+        for labels in (LABELS, (LABELS + 1) % LOGITS.shape[1])
+    )
+    blend = mixed_cross_entropy(LOGITS, 0.3 * first + 0.7 * second, 0.1)
+    parts = [mixed_cross_entropy(LOGITS, targets, 0.1) for targets in (first, second)]
+    assert_allclose(blend, 0.3 * parts[0] + 0.7 * parts[1], rtol=1e-5)
+
+
+def test_mixed_cross_entropy_weighs_by_the_mean_weight_of_the_classes():
+    weights = torch.arange(1.0, LOGITS.shape[1] + 1)
+    targets = torch.nn.functional.one_hot(LABELS, LOGITS.shape[1]).to(LOGITS.dtype)
+    found = mixed_cross_entropy(LOGITS, targets, 0.0, weights)
+    assert_allclose(found, cross_entropy(LOGITS, LABELS) * weights[LABELS], rtol=1e-5)

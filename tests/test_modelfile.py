@@ -17,7 +17,7 @@ from kenspeckle.core import (
     ModelFileError,
     Normalisation,
 )
-from kenspeckle.modelfile import Manifest, pack, read
+from kenspeckle.modelfile import FORMAT_VERSION, Manifest, pack, read
 from kenspeckle.prediction import load, verify
 
 
@@ -85,7 +85,7 @@ def test_every_cut_is_refused(model_path, tmp_path):
 
 def test_a_later_format_says_what_to_do(model_path, tmp_path):
     copy = tmp_path / "later.ken"
-    copy.write_bytes(with_manifest(model_path, format_version=2))
+    copy.write_bytes(with_manifest(model_path, format_version=FORMAT_VERSION + 1))
     with pytest.raises(ModelFileError, match=r"later release.*pip install --upgrade"):
         read(copy)
 
@@ -182,6 +182,101 @@ def test_pack_and_read_give_the_same_manifest(tmp_path):
     assert dataclasses.replace(found, members={}) == manifest
     # No time stamps: equal content is an equal file.
     assert path.read_bytes() == pack(manifest, members)
+
+
+COSTS = ((0.0, 100.0), (1.0, 0.5))
+MEMBERS = {"model.onnx": b"x", "reference/expected.json": b"{}"}
+
+
+def test_costs_make_a_file_that_earlier_releases_refuse(tmp_path):
+    path = tmp_path / "a.ken"
+    plain = a_manifest()
+    manifest = dataclasses.replace(plain, costs=COSTS)
+    path.write_bytes(pack(manifest, MEMBERS))
+    assert json.loads(opened(path)["manifest.json"])["format_version"] == 2
+    found = read(path, ()).manifest
+    assert found.costs == COSTS
+    assert dataclasses.replace(found, members={}) == manifest
+    assert (plain.format_version, found.format_version) == (1, 2)
+    assert dataclasses.replace(found, costs=None, members={}) == plain
+
+
+def test_without_costs_a_file_is_one_of_version_1_to_the_byte(tmp_path):
+    path = tmp_path / "a.ken"
+    path.write_bytes(pack(a_manifest(), MEMBERS))
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in MEMBERS.items()}
+    version_1 = {
+        "backbone": {},
+        "classes": ["a", "b"],
+        "format_version": 1,
+        "geometry": {
+            "background": [255, 255, 255],
+            "fit": "squash",
+            "interpolation": "bilinear",
+            "size": [8, 8],
+        },
+        "licence": None,
+        "members": hashes,
+        "normalisation": {"deviation": [0.5, 0.5, 0.5], "mean": [0.5, 0.5, 0.5]},
+        "provenance": {},
+        "recipe": {},
+        "rejection": None,
+        "temperature": 1.0,
+    }
+    expected = json.dumps(version_1, indent=1, sort_keys=True).encode()
+    assert opened(path)["manifest.json"] == expected
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [((0.0, 1.0),), ((0.0, 1.0, 1.0), (1.0, 0.0, 1.0), (1.0, 1.0, 0.0)), ((0.0, 0.0), (1.0, 0.0))],
+)
+def test_a_manifest_holds_no_costs_of_other_classes(costs):
+    with pytest.raises(InvalidValueError, match=r"costs must be|right answer must cost less"):
+        dataclasses.replace(a_manifest(), costs=costs)
+
+
+def test_whole_numbers_are_costs_too(tmp_path):
+    path = tmp_path / "a.ken"
+    path.write_bytes(pack(dataclasses.replace(a_manifest(), costs=COSTS), MEMBERS))
+    path.write_bytes(with_manifest(path, costs=[[0, 100], [1, 0.5]]))
+    found = read(path, ()).manifest.costs
+    assert found == COSTS
+    assert all(type(cost) is float for row in found for cost in row)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"costs": []}, "at least two classes"),
+        ({"costs": {}}, "at least two classes"),
+        ({"costs": 3}, "not iterable"),
+        ({"costs": False}, "not iterable"),
+        ({"costs": "ab"}, "'a' must be float"),
+        ({"costs": [[0, 1], 2]}, "not iterable"),
+        ({"costs": [[0, 1]]}, "square matrix"),
+        ({"costs": [[0, 1], [1]]}, "square matrix"),
+        ({"costs": [[0, 1, 1], [1, 0, 1], [1, 1, 0]]}, "costs must be those of the 2 classes"),
+        ({"costs": [[0, True], [1, 0]]}, "True must be float"),
+        ({"costs": [[0, "1"], [1, 0]]}, "'1' must be float"),
+        ({"costs": [[0, None], [1, 0]]}, "None must be float"),
+        ({"costs": [[0, [1]], [1, 0]]}, r"\[1\] must be float"),
+        ({"costs": [[0, -1], [1, 0]]}, "got -1.0 in row 0, column 1"),
+        ({"costs": [[0, float("nan")], [1, 0]]}, "got nan"),
+        ({"costs": [[0, float("inf")], [1, 0]]}, "got inf"),
+        ({"costs": [[0, 10**400], [1, 0]]}, "too large"),
+        ({"costs": [[0, 1e13], [1, 0]]}, "got 10000000000000.0"),
+        ({"costs": [[0, 0], [1, 0]]}, "right answer must cost less"),
+        ({"costs": None}, "must state format version 1 for what it holds; got 2"),
+        ({"format_version": 1}, "must state format version 2 for what it holds; got 1"),
+    ],
+)
+def test_costs_that_are_none_are_refused(tmp_path, changes, text):
+    path = tmp_path / "odd.ken"
+    path.write_bytes(pack(dataclasses.replace(a_manifest(), costs=COSTS), MEMBERS))
+    path.write_bytes(with_manifest(path, **changes))
+    with pytest.raises(ModelFileError, match=rf"odd\.ken: manifest\.json .*{text}"):
+        read(path, ())
 
 
 def test_verify_replays_the_reference_pictures(model_path):

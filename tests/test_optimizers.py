@@ -415,3 +415,25 @@ class TestEma:
         assert_array_equal(weights["weight"], kept)
         model.load_state_dict(weights)
         assert_array_equal(model.weight.detach(), kept)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rates_decay_from_the_last_stage_to_the_first(name):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2))
+    config = OptimizerConfig(name, lr=0.8, weight_decay=0.1)
+    groups = optimizer(config, model, list(model), 0.5).param_groups
+    plain_groups = optimizer(config, model).param_groups
+    plain_rates = {p: group["lr"] for group in plain_groups for p in group["params"]}
+    found = {p: group["initial_lr"] for group in groups for p in group["params"]}
+    assert found.keys() == plain_rates.keys()
+    for depth, layer in enumerate(model):
+        for parameter in layer.parameters():
+            assert found[parameter] == pytest.approx(plain_rates[parameter] * 0.5 ** (2 - depth))
+    decays = {p: group.get("weight_decay") for group in groups for p in group["params"]}
+    wanted = {p: group.get("weight_decay") for group in plain_groups for p in group["params"]}
+    assert decays == wanted
+
+
+def test_a_schedule_may_be_asked_between_two_steps():
+    factor = schedule(ScheduleConfig("linear"), 10)
+    assert factor(2.5) == pytest.approx(0.75)

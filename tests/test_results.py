@@ -102,6 +102,14 @@ def test_a_report_survives_json_with_its_pictures():
     assert math.isnan(back.training.history[0].train_loss)
 
 
+def test_scores_without_a_mean_cost_are_those_of_before():
+    plain = SCORES.to_dict()
+    del plain["mean_cost"]
+    assert Scores.from_dict(plain).mean_cost is None
+    costly = dataclasses.replace(SCORES, mean_cost=Interval(2.5, 0.0, 7.5))
+    assert Scores.from_dict(costly.to_dict()).mean_cost == costly.mean_cost
+
+
 def test_pictures_that_are_not_given_stay_away():
     back = Report.from_dict(REPORT.to_dict())
     assert [mistake.picture for mistake in back.mistakes] == [None, None, None]

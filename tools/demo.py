@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
     started = time.perf_counter()
     model = str(folder / "sample.ken")
     pictures = write_sample_pictures(folder / "pictures", 6)
-    ken("train", "sample", "--out", model, "--run-folder", str(folder / "run"))
+    ken("train", "sample", "--time", "60s", "--out", model, "--run-folder", str(folder / "run"))
     ken("predict", model, *map(str, pictures))
     ken("info", model, "--verify")
     print(

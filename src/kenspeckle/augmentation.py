@@ -23,6 +23,7 @@ __all__ = [
     "colour",
     "cutout",
     "mirrored",
+    "mix",
     "reflect",
     "resample",
     "take",
@@ -326,3 +327,35 @@ def cutout(
 def _within(centres: Int64[Tensor, " n"], side: int, length: int) -> Bool[Tensor, "n length"]:
     distance = torch.arange(length, device=centres.device) - (centres[:, None] - side // 2)
     return (distance >= 0) & (distance < side)
+
+
+def mix(
+    inputs: Float[Tensor, "n c h w"],
+    targets: Float[Tensor, "n k"],
+    config: AugmentationConfig,
+    words: tuple[int, int, int],
+) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n k"]]:
+    """Return a batch blended with itself, moved on by one picture, and targets blended alike.
+
+    Sources: mixup, Zhang et al. 2018, arXiv 1710.09412; cutmix, Yun et al. 2019, arXiv 1905.04899.
+
+    Args:
+        inputs: normalised pictures, or maps.
+        targets: the share of each class, each row sums to one.
+        config: `mixup` and `cutmix`, of which at least one is above zero.
+        words: seed, epoch and number of the batch, from which the choices derive.
+    """
+    chances = np.random.default_rng(np.random.SeedSequence(words))
+    cuts = config.cutmix > 0 and (config.mixup == 0 or chances.random() < 0.5)
+    amount = config.cutmix if cuts else config.mixup
+    share = float(chances.beta(amount, amount))
+    others, other_targets = inputs.roll(1, 0), targets.roll(1, 0)
+    if not cuts:
+        return torch.lerp(others, inputs, share), torch.lerp(other_targets, targets, share)
+    _, _, H, W = inputs.shape
+    height, width = (round(side * (1 - share) ** 0.5) for side in (H, W))
+    top, left = (int(chances.integers(0, n + 1)) for n in (H - height, W - width))
+    inputs = inputs.clone(memory_format=torch.preserve_format)
+    area = (..., slice(top, top + height), slice(left, left + width))
+    inputs[area] = others[area]
+    return inputs, torch.lerp(other_targets, targets, 1 - height * width / (H * W))

@@ -10,27 +10,26 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from kenspeckle.core import InvalidValueError, KenError, MissingPathError
+from kenspeckle.arguments import cache_of, costs_of, one_of, opened, wanted
+from kenspeckle.core import InvalidValueError, KenError
 from kenspeckle.progress import say, watch
 
 if TYPE_CHECKING:
-    from kenspeckle.config import Recipe
     from kenspeckle.fit import Event, Finished
-    from kenspeckle.pixels import Cache
-    from kenspeckle.sources import Dataset
 
 __all__ = ["app", "main"]
 
+STARTED = time.perf_counter()  # of which --time counts
 INTERRUPTED = 130
-Word = TypeVar("Word", bound=str)
 
 FIRST_STEPS = """\
 ken: pictures in, answers you can defend out.
@@ -78,6 +77,15 @@ CacheFolder = Annotated[
 CacheLimit = Annotated[
     float, typer.Option(min=0, help="Largest cache in GB; 0 decodes in every epoch.")
 ]
+CostsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--costs",
+        metavar="FILE.csv",
+        help="What each mistake costs: the columns true, answered, cost (what is not named costs "
+        "1), or a table of true by answered classes. The answer is what costs least.",
+    ),
+]
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL.ken", help="A model file.")]
 
 
@@ -115,51 +123,9 @@ def main() -> None:
         _fail("interrupted; nothing was written", INTERRUPTED)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-def _one_of(option: str, word: str, known: tuple[Word, ...]) -> Word:
-    for allowed in known:
-        if word == allowed:
-            return allowed
-    raise InvalidValueError(f"{option} must be one of {', '.join(known)}; got '{word}'")
-
-
-def _require_file(path: Path) -> None:
-    if not path.exists():
-        raise MissingPathError(f"{path}: no such file")
-
-
-def _opened(
-    data: str,
-    label_column: str | None,
-    data_folder: Path | None,
-    offline: bool,
-    *,
-    min_classes: int = 2,
-    group: str | None = None,
-) -> "Dataset":
-    """Open DATA as the options say."""
-    from kenspeckle.sources import open_dataset
-    from kenspeckle.splits import with_groups
-
-    dataset = open_dataset(
-        data,
-        label_column=label_column,
-        data_dir=data_folder,
-        offline=offline,
-        notify=say,
-        min_classes=min_classes,
-    )
-    return dataset if group is None else with_groups(dataset, group)
-
-
-def _cache(folder: Path | None, limit_gb: float) -> "Cache":
-    from kenspeckle.pixels import Cache, default_cache_folder
-
-    return Cache(folder or default_cache_folder(), int(limit_gb * 1e9))
 
 
 @app.command(epilog="Example:  ken check flowers/ --write-fixes fixes.csv")
@@ -202,11 +168,11 @@ def check(
     from kenspeckle.health import examine
     from kenspeckle.images import Limits
 
-    dataset = _opened(data, label_column, data_folder, offline, min_classes=1, group=group)
+    dataset = opened(data, label_column, data_folder, offline, min_classes=1, group=group)
     if write_fixes is not None:
         checkfiles.check_fixes(write_fixes, dataset)
     folder = new_run_folder(f"{dataset.name}-check", run_folder)
-    limits, cache = Limits(), _cache(cache_folder, cache_limit)
+    limits, cache = Limits(), cache_of(cache_folder, cache_limit)
     examined = watch(
         examine(dataset, limits, cache, labels=labels, seed=seed, num_threads=threads),
         quiet or as_json,
@@ -239,8 +205,31 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="The model file to write. [default: NAME.ken]")
     ] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(
+            help="How long the run may take in all, such as 30s, 5m or 2h: what is tried is "
+            "planned to fit. [default without --recipe: 5m]"
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="The pretrained network to start from: efficientnet-lite0, -lite1, -lite2 or, "
+            "with the extra zoo, any name of timm's. [default: efficientnet-lite0]"
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Its weights: imagenet (of an installed package), a file, hub (fetched), or none "
+            "to start from nothing."
+        ),
+    ] = None,
+    costs: CostsFile = None,
     recipe: Annotated[
-        str | None, typer.Option(help="A recipe's name (`ken recipes`) or a recipe.json.")
+        str | None,
+        typer.Option(help="Plan nothing, run this: a name (`ken recipes`) or a recipe.json."),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -298,48 +287,35 @@ def train(
         device=device,
         num_threads=threads,
         num_loader_threads=loader_threads,
-        cache=_cache(cache_folder, cache_limit),
+        cache=cache_of(cache_folder, cache_limit),
         thumbnails=thumbnails,
         overwrite=force,
         run_folder=run_folder,
-        on_bad=_one_of("--on-bad", on_bad, ("stop", "skip")),
+        on_bad=one_of("--on-bad", on_bad, ("stop", "skip")),
         max_bad=max_bad,
         labels=labels,
+        costs=costs,
+        offline=offline,
         command="ken " + shlex.join(sys.argv[1:]),
+        started=STARTED,
     )
     changes = {"epochs": epochs, "size": size, "seed": seed}
     assignments = [f"{name}={value}" for name, value in changes.items() if value is not None]
-    chosen = _recipe(recipe, [*(set_ or []), *assignments])
-    dataset = _opened(data, label_column, data_folder, offline, group=group)
+    plan = {"time": time, "backbone": backbone, "weights": weights}
+    chosen = wanted(recipe, [*(set_ or []), *assignments], plan)
+    dataset = opened(data, label_column, data_folder, offline, group=group)
     with _stop_on_interrupt() as stop:
         events = fit(dataset, chosen, out, options, stop)
-        finished = watch(_finished(events), quiet or as_json)
+        try:
+            finished = watch(_finished(events), quiet or as_json)
+        except KeyboardInterrupt:
+            _fail("interrupted before there was a model; nothing was written", INTERRUPTED)
     if as_json:
         print(json.dumps(finished.to_dict(), indent=1))
     else:
         print(finished_text(finished), end="")
     if finished.interrupted:
         sys.exit(INTERRUPTED)
-
-
-def _recipe(name: str | None, assignments: list[str]) -> "Recipe":
-    from kenspeckle.recipes import DEFAULT, named
-    from kenspeckle.settings import from_dict, with_settings
-
-    if name is None:
-        recipe = DEFAULT
-    elif name.endswith(".json"):
-        _require_file(Path(name))
-        try:
-            plain = json.loads(Path(name).read_bytes())
-        except (ValueError, OSError, RecursionError) as error:
-            raise InvalidValueError(f"{name}: not a recipe: {error}") from error
-        if not isinstance(plain, dict):
-            raise InvalidValueError(f"{name}: not a recipe: it must hold a table")
-        recipe = from_dict(plain)
-    else:
-        recipe = named(name)
-    return with_settings(recipe, assignments)
 
 
 class _stop_on_interrupt:  # noqa: N801 - used as a verb: with _stop_on_interrupt()
@@ -357,7 +333,7 @@ class _stop_on_interrupt:  # noqa: N801 - used as a verb: with _stop_on_interrup
         if self._stop.is_set():
             raise KeyboardInterrupt
         self._stop.set()
-        say("\nstopping: the best model so far is being saved (Ctrl-C again to end at once)")
+        say("\nstopping: the best model so far, if there is one, is saved (again to end at once)")
 
 
 def _finished(events: Iterator["Event"]) -> Generator["Event", None, "Finished"]:
@@ -378,6 +354,7 @@ def evaluate(
     split: Annotated[
         str, typer.Option(help="Which part to use: train, validation, test or all.")
     ] = "all",
+    costs: CostsFile = None,
     label_column: LabelColumn = None,
     data_folder: DataFolder = None,
     offline: Offline = False,
@@ -388,9 +365,9 @@ def evaluate(
     from kenspeckle.judging import judge
     from kenspeckle.wording import scores_text
 
-    _one_of("--split", split, ("train", "validation", "test", "all"))
-    dataset = _opened(data, label_column, data_folder, offline, min_classes=1)
-    scores = judge(model, dataset, split)
+    one_of("--split", split, ("train", "validation", "test", "all"))
+    dataset = opened(data, label_column, data_folder, offline, min_classes=1)
+    scores = judge(model, dataset, split, costs_of(costs, model))
     if not quiet:
         for notice in dataset.notices:
             say(f"note: {notice}")
@@ -468,11 +445,11 @@ def info(
 @app.command(epilog="Example:  ken recipes")
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes and what was measured with each."""
-    from kenspeckle.recipes import DEFAULT, RECIPES
+    from kenspeckle.recipes import RECIPES
     from kenspeckle.settings import to_dict
 
     if as_json:
         print(json.dumps({name: to_dict(recipe) for name, recipe in RECIPES.items()}, indent=1))
         return
     for name, recipe in RECIPES.items():
-        print(f"{name}{' (default)' if recipe == DEFAULT else ''}\n  {recipe.promise}")
+        print(f"{name}\n  {recipe.promise}")

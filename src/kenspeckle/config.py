@@ -15,6 +15,7 @@ __all__ = [
     "AugmentationConfig",
     "CnnConfig",
     "EfficientNetLiteConfig",
+    "Imbalance",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -24,9 +25,15 @@ __all__ = [
     "ScheduleConfig",
     "SpeedConfig",
     "SplitConfig",
+    "TimmConfig",
     "TrainingConfig",
+    "TransferConfig",
     "require",
 ]
+
+
+Imbalance = Literal["none", "weights", "sampling", "prior"]
+"""What is done about classes of unequal size; see `TrainingConfig`."""
 
 
 def require(holds: bool, name: str, allowed: str, got: object) -> None:
@@ -150,13 +157,32 @@ class EfficientNetLiteConfig:
         _fraction(dropout=self.dropout)
 
 
-ModelConfig = CnnConfig | ResNetConfig | SpeedConfig | EfficientNetLiteConfig
+@dataclass(frozen=True)
+class TimmConfig:
+    """Any network of the library timm, by its name there (extra ``zoo``).
+
+    Attributes:
+        network: what timm calls it, such as ``mobilenetv4_conv_small``.
+        dropout: share of the embedding dropped before the classes.
+    """
+
+    family: ClassVar[str] = "timm"
+    network: str = "resnet18"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(bool(self.network.strip()), "network", "a name that timm knows", self.network)
+        _fraction(dropout=self.dropout)
+
+
+ModelConfig = CnnConfig | ResNetConfig | SpeedConfig | EfficientNetLiteConfig | TimmConfig
 
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {
     "cnn": CnnConfig,
     "resnet": ResNetConfig,
     "speed": SpeedConfig,
     "efficientnet-lite": EfficientNetLiteConfig,
+    "timm": TimmConfig,
 }
 
 
@@ -218,6 +244,10 @@ class AugmentationConfig:
         brightness: largest relative change of all grey levels.
         contrast: largest relative change of the distance from the mean grey level.
         saturation: largest relative change of the distance from grey.
+        mixup: a batch is blended with another order of itself, and so are its labels; the share is
+            drawn from a beta distribution with both parameters at this value.
+        cutmix: likewise, but a rectangle of the other picture is pasted in; when both are on, a
+            coin decides for each batch.
     """
 
     flip: bool = False
@@ -227,8 +257,12 @@ class AugmentationConfig:
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("mixup", "cutmix"):
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _at_least(0, shift=self.shift, cutout=self.cutout)
         _fraction(zoom=self.zoom, brightness=self.brightness, contrast=self.contrast)
         _fraction(saturation=self.saturation)
@@ -242,13 +276,11 @@ class LossConfig:
         name: ``cross-entropy``, ``mse`` (on one-hot targets), ``focal`` or ``binary``
             (binary cross-entropy, one against the rest).
         label_smoothing: share of the target spread over all classes; cross-entropy only.
-        class_weights: ``balanced`` weighs each class by the inverse of its frequency.
         gamma: focusing exponent of the focal loss, 2 when None.
     """
 
     name: Literal["cross-entropy", "mse", "focal", "binary"] = "cross-entropy"
     label_smoothing: float = 0.0
-    class_weights: Literal["none", "balanced"] = "none"
     gamma: float | None = None
 
     def __post_init__(self) -> None:
@@ -347,6 +379,10 @@ class TrainingConfig:
         ema_decay: decay per step of the averaged weights that are validated; 0 is off.
         clip_norm: largest norm of the gradient; 0 is off.
         precision: ``auto`` uses bfloat16 only where the hardware has it, ``float32`` never does.
+        imbalance: what is done about classes of unequal size: nothing, ``weights`` (each picture's
+            loss counts by the inverse of its class's frequency), ``sampling`` (each class is shown
+            equally often) or ``prior`` (the logits lose the logarithm of the class's frequency
+            after training, as if the classes had been equal).
     """
 
     epochs: int = 10
@@ -355,12 +391,48 @@ class TrainingConfig:
     ema_decay: float = 0.0
     clip_norm: float = 0.0
     precision: Literal["auto", "float32"] = "auto"
+    imbalance: Imbalance = "none"
 
     def __post_init__(self) -> None:
         _at_least(1, epochs=self.epochs, batch_size=self.batch_size)
         _at_least(0, patience=self.patience)
         _fraction(ema_decay=self.ema_decay)
         require(self.clip_norm >= 0, "clip_norm", "at least 0", self.clip_norm)
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """What is taken over from a network that was trained on other pictures.
+
+    Whatever is trained, a linear head on the frozen features comes first.
+
+    Attributes:
+        weights: ``none`` (every weight is drawn at random), ``imagenet`` (the published ones of a
+            package that is installed), ``hub`` (fetched by timm), or the path of a file.
+        depth: what is trained: the ``head`` alone, the ``tail`` (the last blocks too, on maps that
+            are computed once), or ``all``.
+        layer_decay: factor on the learning rate from each block to the one before it.
+        norms: whether batch norms take the statistics of the ``batch``, or keep those of the
+            pretrained weights (``frozen``).
+    """
+
+    weights: str = "none"
+    depth: Literal["head", "tail", "all"] = "all"
+    layer_decay: float = 1.0
+    norms: Literal["batch", "frozen"] = "batch"
+
+    def __post_init__(self) -> None:
+        require(bool(self.weights), "weights", "none, imagenet, hub or a file", self.weights)
+        require(0 < self.layer_decay <= 1, "layer_decay", "above 0, at most 1", self.layer_decay)
+        if self.weights == "none" and (self.depth, self.layer_decay, self.norms) != (
+            "all",
+            1.0,
+            "batch",
+        ):
+            raise InvalidValueError(
+                "depth, layer_decay and norms have no effect without pretrained weights; "
+                "name them with weights=imagenet or weights=FILE"
+            )
 
 
 @dataclass(frozen=True)
@@ -400,6 +472,7 @@ class Recipe:
         optimizer: how the weights move.
         schedule: how the learning rate moves.
         training: epochs, batch size, guards.
+        transfer: what is taken over from a network that was trained before.
         split: shares held out when the data come without a split.
         seed: the one number from which every random choice derives.
     """
@@ -413,8 +486,15 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "seed", "from 0 to below 2**63", self.seed)
+        mixed = self.augmentation.mixup or self.augmentation.cutmix
+        if mixed and self.loss.name != "cross-entropy":
+            raise InvalidValueError(
+                f"mixup and cutmix have no effect on the loss '{self.loss.name}'; "
+                "they act on 'cross-entropy' only"
+            )

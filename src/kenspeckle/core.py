@@ -14,9 +14,9 @@ Nothing here imports more than numpy: the answering side starts without torch.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,10 @@ __all__ = [
     "WriteError",
     "nearest",
     "printable",
+    "staged",
 ]
+
+Result = TypeVar("Result")
 
 NUM_SHOWN = 20  # known words, when none is near
 
@@ -179,6 +182,19 @@ class Stage:
     done: int
     total: int
     detail: str = ""
+
+
+def staged(
+    name: str, work: Generator[tuple[int, int], None, Result]
+) -> Generator[Stage, None, Result]:
+    """Yield the progress of some work, units done and in all, under a name; return its result."""
+    while True:
+        try:
+            done, total = next(work)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        yield Stage(name, done, total)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from kenspeckle import metrics
 from kenspeckle.core import Interval, InvalidValueError
+from kenspeckle.costs import Costs, decide
 from kenspeckle.results import Averages, ClassScores, Mistake, Scores
 
 __all__ = ["evaluate", "worst_mistakes"]
@@ -18,19 +19,24 @@ Floats = NDArray[np.floating[Any]]
 
 
 def evaluate(
-    probabilities: Floats, labels: Labels, classes: tuple[str, ...], seed: int = 0
+    probabilities: Floats,
+    labels: Labels,
+    classes: tuple[str, ...],
+    seed: int = 0,
+    costs: Costs | None = None,
 ) -> Scores:
     """Return what a model is worth, from its answers on pictures whose class is known.
 
     Intervals are Wilson's for the shares of pictures and for each class, Wilson's with the
     bootstrap's standard error for averages over classes, and the percentile bootstrap for the
-    log loss.
+    log loss and the mean cost.
 
     Args:
         probabilities: ``(N, K)``, each row sums to one.
         labels: ``int64 (N,)``, indices of `classes`; a class may have no pictures.
         classes: K names, at least two.
         seed: of the bootstrap.
+        costs: decide the answers, by least expected cost; None answers the most probable class.
 
     Raises:
         InvalidValueError: there are no pictures, the shapes do not match, a label is no class, or
@@ -39,7 +45,7 @@ def evaluate(
     _require_distributions(probabilities, len(classes))
     if not len(labels):
         raise InvalidValueError("labels must have at least one entry; got none")
-    predicted = probabilities.argmax(axis=1)
+    predicted = decide(probabilities, costs)
     confusion = metrics.confusion_matrix(labels, predicted, len(classes))
     support = confusion.sum(axis=1)
     accuracy = metrics.wilson(int(np.trace(confusion)), len(labels))
@@ -57,28 +63,36 @@ def evaluate(
         precision=precision,
         recall=dataclasses.replace(recall, weighted=accuracy),
         f1=f1,
-        log_loss=metrics.bootstrap(lambda some: float(np.mean(some)), losses, seed=seed),
+        log_loss=_mean(losses, seed),
         expected_calibration_error=metrics.expected_calibration_error(probabilities, labels),
         majority_class=classes[majority],
         majority_accuracy=int(support[majority]) / len(labels),
         confusion=tuple(tuple(row) for row in confusion.tolist()),
         per_class=_per_class(confusion, classes),
+        mean_cost=_mean(costs.array[labels, predicted], seed) if costs else None,
     )
 
 
 def worst_mistakes(
-    probabilities: Floats, labels: Labels, names: tuple[str, ...], num: int = 24
+    probabilities: Floats,
+    labels: Labels,
+    names: tuple[str, ...],
+    num: int = 24,
+    costs: Costs | None = None,
 ) -> tuple[Mistake, ...]:
-    """Return the wrong answers that were given with the highest probability, worst first.
+    """Return the wrong answers, the dearest first and, at equal cost, the most probable first.
 
     Args:
         probabilities: ``(N, K)``.
         labels: ``int64 (N,)``.
         names: of the N pictures.
         num: at most so many.
+        costs: decide the answers too; None answers the most probable class, and every mistake
+            costs the same.
 
     Raises:
-        InvalidValueError: the lengths differ, or a row is not a finite distribution.
+        InvalidValueError: the lengths or numbers of classes differ, or a row is not a finite
+            distribution.
     """
     _require_distributions(probabilities, probabilities.shape[-1])
     if not len(names) == len(labels) == len(probabilities):
@@ -86,17 +100,18 @@ def worst_mistakes(
             "probabilities, labels and names must have the same length; "
             f"got {len(probabilities)}, {len(labels)} and {len(names)}"
         )
-    predicted = probabilities.argmax(axis=1)
-    top = probabilities.max(axis=1)
+    predicted = decide(probabilities, costs)
+    stated = probabilities[np.arange(len(labels)), predicted]
     wrong = np.flatnonzero(predicted != labels)
-    worst = wrong[np.argsort(-top[wrong], kind="stable")][:num]
+    paid = costs.array[labels, predicted] if costs else np.ones(len(labels))
+    worst = wrong[np.lexsort((-stated[wrong], -paid[wrong]))][:num]
     return tuple(
         Mistake(
             index=int(index),
             name=names[index],
             label=int(labels[index]),
             predicted=int(predicted[index]),
-            probability=float(top[index]),
+            probability=float(stated[index]),
         )
         for index in worst
     )
@@ -123,6 +138,10 @@ def _require_distributions(probabilities: Floats, num_classes: int) -> None:
             f"row {row} sums to {probabilities[row].sum():.6g} with a minimum of "
             f"{probabilities[row].min():.6g}; pass softmax(logits), not logits"
         )
+
+
+def _mean(values: Floats, seed: int) -> Interval:
+    return metrics.bootstrap(lambda some: float(np.mean(some)), values, seed=seed)
 
 
 def _top_k(labels: Labels, probabilities: Floats, k: int) -> Interval:

@@ -1,8 +1,9 @@
 """From pictures to a model file: the one place where data, network, loop and evaluation meet.
 
 `fit` is a generator of events, so that progress, logs and tests are ordinary code of the caller;
-`train` runs it to the end. Everything a run writes lives in its run folder; the model file is
-written last, and only if its graph answers as the network does.
+`train` runs it to the end. With a recipe it runs that; without, the ladder plans. Everything a run
+writes lives in its run folder; a model file is written only if its graph answers as the network
+does.
 """
 
 import json
@@ -12,33 +13,54 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from kenspeckle import recipes, reports
+from kenspeckle.backbones import Backbone, open_backbone
 from kenspeckle.checkfiles import write_health, write_skipped
 from kenspeckle.checks.copies import leaked
-from kenspeckle.config import Recipe
-from kenspeckle.core import InvalidValueError, Stage
+from kenspeckle.config import EfficientNetLiteConfig, Recipe
+from kenspeckle.core import InvalidValueError, MissingExtraError, Stage
+from kenspeckle.costs import Costs, read_costs
 from kenspeckle.export import to_safetensors
 from kenspeckle.files import file_stem, new_run_folder, write_file
-from kenspeckle.health import Examined, examine
+from kenspeckle.health import Examination, Examined, examine
 from kenspeckle.images import Limits
-from kenspeckle.learning import EpochDone, Learned, learn
+from kenspeckle.ladder import Climbed, climb
+from kenspeckle.learning import EpochDone
 from kenspeckle.pixels import Cache, default_cache_folder
-from kenspeckle.preparation import Prepared, network_for, prepare_data
+from kenspeckle.planning import DEFAULT_SECONDS, Planned, duration_words, planned
+from kenspeckle.plans import Plan
+from kenspeckle.preparation import Prepared, prepare_data
 from kenspeckle.results import Report
+from kenspeckle.rungs import Budget, Notice, Wish
+from kenspeckle.rungs import Event as ClimbEvent
 from kenspeckle.settings import to_dict, with_settings
 from kenspeckle.shipping import Origin, ship
 from kenspeckle.sources import Dataset, open_dataset
 from kenspeckle.splits import write_split
 from kenspeckle.training import choose_device
+from kenspeckle.transfer import Means, Trained, check_effects, train_recipe
 
-__all__ = ["EpochDone", "Event", "Finished", "Notice", "Options", "Stage", "fit", "train"]
+__all__ = [
+    "EpochDone",
+    "Event",
+    "Finished",
+    "Notice",
+    "Options",
+    "Planned",
+    "Stage",
+    "fit",
+    "train",
+]
 
 DEFAULT_MAX_BAD = 0.25
 MOST_PICTURES_ASKED = 10_000  # about their labels without being told to: half a minute on 2 cores
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -60,7 +82,12 @@ class Options:
             the run stops.
         labels: look for wrong labels, outliers and what more pictures would bring; when None, in
             data of up to 10,000 pictures, where the pretrained network is installed.
+        costs: a CSV of what each mistake costs; the model then answers the class of least expected
+            cost. See `costs.read_costs`.
+        offline: never use the network, whatever weights are named.
         command: what the user typed, for the report.
+        started: `time.perf_counter` in seconds from which on the time of the run is counted; when
+            `fit` is called if None.
     """
 
     device: str = "auto"
@@ -74,17 +101,10 @@ class Options:
     on_bad: Literal["stop", "skip"] = "stop"
     max_bad: float | None = None
     labels: bool | None = None
+    costs: Path | None = None
+    offline: bool = False
     command: str = ""
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something the user should know, in one sentence."""
-
-    text: str
-
-    def __str__(self) -> str:
-        return f"note: {self.text}"
+    started: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +139,8 @@ class Finished:
         }
 
 
-Event = Notice | Stage | EpochDone | Finished
+Event = ClimbEvent | Finished
+Progress = Generator[ClimbEvent, None, Result]
 
 
 def train(
@@ -127,16 +148,21 @@ def train(
     recipe: Recipe | str | None = None,
     out: str | Path | None = None,
     options: Options | None = None,
+    *,
+    time: str | float | None = None,
     **settings: object,
 ) -> Finished:
     """Train on `data`, evaluate, and write one model file; see `fit`.
 
     Args:
         data: a data set, or anything that `sources.open_dataset` opens.
-        recipe: a recipe or the name of one; the default recipe when None.
+        recipe: a recipe or the name of one; when None the run is planned.
         out: the model file; ``NAME.ken`` in the current folder when None.
         options: how to run.
-        settings: changes to the recipe by leaf name, such as ``lr=0.01``.
+        time: that a planned run may take, in seconds or as ``"5m"``.
+        settings: changes to the recipe by leaf name, such as ``lr=0.01``; of a planned run, the
+            ``seed``, the ``size`` and ``fit`` of the pictures, and the shares of the split. A
+            planned run takes ``backbone`` and ``weights`` too.
 
     Raises:
         InvalidValueError: an option or setting is wrong.
@@ -146,16 +172,30 @@ def train(
         ModelFileError: the exported graph does not answer as the network does.
         WriteError: a file could not be written.
     """
-    if recipe is None or isinstance(recipe, str):
-        recipe = recipes.DEFAULT if recipe is None else recipes.named(recipe)
-    recipe = with_settings(recipe, [f"{name}={_word(value)}" for name, value in settings.items()])
+    if isinstance(recipe, str):
+        recipe = recipes.named(recipe)
+    wanted: Recipe | Planned
+    if recipe is None:
+        backbone, weights = (settings.pop(name, None) for name in ("backbone", "weights"))
+        words = [f"{name}={_word(value)}" for name, value in settings.items()]
+        given = None if time is None else str(time)
+        wanted = planned(words, time=given, backbone=_text(backbone), weights=_text(weights))
+    else:
+        if time is not None:
+            raise InvalidValueError("time has no effect with a recipe, which is not planned")
+        words = [f"{name}={_word(value)}" for name, value in settings.items()]
+        wanted = with_settings(recipe, words)
     last: Event | None = None
     dataset = data if isinstance(data, Dataset) else open_dataset(data)
-    for event in fit(dataset, recipe, out, options or Options(), threading.Event()):
+    for event in fit(dataset, wanted, out, options or Options(), threading.Event()):
         last = event
     if not isinstance(last, Finished):
         raise InvalidValueError("a run must end with Finished")
     return last
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
 
 
 def _word(value: object) -> object:
@@ -167,7 +207,7 @@ def _word(value: object) -> object:
 
 def fit(
     dataset: Dataset,
-    recipe: Recipe,
+    recipe: Recipe | Planned,
     out: str | Path | None,
     options: Options,
     stop: threading.Event,
@@ -176,7 +216,7 @@ def fit(
 
     Args:
         dataset: labelled pictures.
-        recipe: every setting.
+        recipe: every setting, or a run to be planned.
         out: the model file; ``NAME.ken`` in the current folder when None.
         options: how to run.
         stop: when set, training ends and the best model so far is evaluated and saved.
@@ -190,86 +230,194 @@ def fit(
         TrainingError: the loss is no longer finite.
         ModelFileError: the exported graph does not answer as the network does.
         WriteError: a file could not be written.
+        KeyboardInterrupt: it was stopped before there was a model.
     """
-    started = time.perf_counter()
-    device = choose_device(options.device)
+    started = time.perf_counter() if options.started is None else options.started
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
+    if options.on_bad == "stop" and options.max_bad is not None:
+        raise InvalidValueError("--max-bad has no effect without --on-bad skip")
+    costs = None if options.costs is None else read_costs(options.costs, dataset.classes)
     model_path = _model_path(out, dataset, options)
+    device = choose_device(options.device)
     run_folder = new_run_folder(dataset.name, options.run_folder)
-    prepared, findings = yield from _prepared(dataset, recipe, options, run_folder)
-    yield Notice(_plan(prepared, recipe, device, run_folder))
 
-    network = network_for(prepared, recipe).to(device)
-    log: list[str] = []
-
-    def keep(state: dict[str, torch.Tensor]) -> None:
+    def keep(state: dict[str, Tensor]) -> None:
         write_file(run_folder / "best.safetensors", to_safetensors(state))
 
-    learning = learn(
-        network,
-        prepared.task,
-        recipe,
-        device,
-        stop=stop,
-        keep=keep,
-        num_loader_threads=options.num_loader_threads,
-    )
-    learned = yield from _logged(learning, run_folder / "log.jsonl", log)
-    yield Stage("evaluating and saving", 0, 1)
-    origin = Origin(
-        recipe,
-        options.command,
-        started,
-        options.num_threads,
-        options.thumbnails,
+    means = Means(
+        options.cache,
         options.limits,
-        findings,
+        device,
+        options.num_threads,
+        options.num_loader_threads,
+        stop,
+        keep,
     )
-    report, model_file = ship(network, prepared, learned, origin, model_path)
+    run = _Run(dataset, options, means, costs, started, model_path, run_folder)
+    if isinstance(recipe, Recipe):
+        trained, plan, findings = yield from _run_recipe(run, recipe)
+    else:
+        trained, plan, findings = yield from _run_planned(run, recipe)
+    yield Stage("evaluating and saving", 0, 1)
+    report, model_file = run.shipped(trained, plan, findings)
     write_file(run_folder / "report.html", reports.render(report).encode())
     write_file(run_folder / "report.json", json.dumps(report.to_dict(), indent=1).encode())
     write_file(model_path, model_file)
-    yield Finished(model_path, run_folder, report, learned.interrupted)
+    yield Finished(model_path, run_folder, report, stop.is_set())
 
 
-def _prepared(
-    dataset: Dataset, recipe: Recipe, options: Options, run_folder: Path
-) -> Generator[Stage | Notice, None, tuple[Prepared, tuple[str, ...]]]:
-    """Check the data, split and measure them, and write down all of it.
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What both kinds of run need."""
 
-    Returns:
-        The data, without pictures that cannot be decoded, and what was found, a sentence or two
-        each.
-    """
-    if options.on_bad == "stop" and options.max_bad is not None:
-        raise InvalidValueError("--max-bad has no effect without --on-bad skip")
-    most = DEFAULT_MAX_BAD if options.max_bad is None else options.max_bad
+    dataset: Dataset
+    options: Options
+    means: Means
+    costs: Costs | None
+    started: float
+    model_path: Path
+    folder: Path
+
+    @property
+    def max_bad(self) -> float:
+        """Largest share of pictures that may be broken."""
+        if self.options.on_bad == "stop":
+            return 0.0
+        return DEFAULT_MAX_BAD if self.options.max_bad is None else self.options.max_bad
+
+    def shipped(
+        self, trained: Trained, plan: Plan | None, findings: tuple[str, ...]
+    ) -> tuple[Report, bytes]:
+        """Return the report, and the content of the model file."""
+        options = self.options
+        origin = Origin(
+            options.command,
+            self.started,
+            options.num_threads,
+            options.thumbnails,
+            options.limits,
+            self.costs,
+            findings,
+        )
+        return ship(trained, origin, self.model_path, plan)
+
+    def note_down(self, prepared: Prepared, recipe: Recipe) -> None:
+        """Write the recipe and the split."""
+        plain = json.dumps(to_dict(recipe), indent=1)
+        write_file(self.folder / "recipe.json", plain.encode())
+        write_split(self.folder / "split.csv", prepared.dataset, prepared.parts.tolist())
+
+
+Outcome = tuple[Trained, Plan | None, tuple[str, ...]]
+
+
+def _run_recipe(run: _Run, recipe: Recipe) -> Progress[Outcome]:
+    """Run one recipe, from the check of the data to the trained network."""
+    options, dataset = run.options, run.dataset
+    check_effects(recipe)
+    if options.num_loader_threads and recipe.transfer.depth != "all":
+        raise InvalidValueError(
+            "--loader-threads has no effect where everything that is trained on is in memory"
+        )
+    backbone = None
+    if recipe.transfer.weights != "none":
+        backbone = open_backbone(recipe.model, recipe.transfer.weights, offline=options.offline)
     few = len(dataset.items) <= MOST_PICTURES_ASKED
-    examined = yield from examine(
-        dataset,
-        options.limits,
-        options.cache,
-        labels=options.labels if few or options.labels is not None else False,
-        max_broken=0.0 if options.on_bad == "stop" else most,
-        seed=recipe.seed,
-        num_threads=options.num_threads,
+    examined = yield from _until_stopped(
+        examine(
+            dataset,
+            options.limits,
+            options.cache,
+            labels=options.labels if few or options.labels is not None else False,
+            max_broken=run.max_bad,
+            seed=recipe.seed,
+            num_threads=options.num_threads,
+        ),
+        run.means.stop,
     )
-    sound = examined.subject.dataset
-    prepared = yield from prepare_data(
-        sound,
-        recipe,
-        options.limits,
-        options.cache,
-        together=examined.subject.copies.together,
-        leaked=leaked(examined.subject, "test"),
+    prepared = yield from _until_stopped(
+        prepare_data(
+            examined.subject.dataset,
+            recipe,
+            options.limits,
+            options.cache,
+            together=examined.subject.copies.together,
+            leaked=leaked(examined.subject, "test"),
+            backbone=backbone,
+        ),
+        run.means.stop,
     )
-    yield from _found(dataset, examined, options, run_folder)
+    yield from _found(dataset, examined, options, run.folder)
     yield from map(Notice, prepared.notices)
-    write_file(run_folder / "recipe.json", json.dumps(to_dict(recipe), indent=1).encode())
-    write_split(run_folder / "split.csv", sound, prepared.parts.tolist())
-    findings = tuple(f"{found.title} {found.remedy}" for found in examined.health.findings)
-    return prepared, findings
+    run.note_down(prepared, recipe)
+    yield Notice(_summary(prepared, recipe, run))
+    training = train_recipe(prepared, recipe, run.means, backbone=backbone)
+    trained = yield from _logged(training, run.folder / "log.jsonl")
+    return trained, None, _sentences(examined)
+
+
+def _run_planned(run: _Run, wanted: Planned) -> Progress[Outcome]:
+    """Plan a run, from the check of the data to the best of what was tried."""
+    options, dataset = run.options, run.dataset
+    budget = Budget(wanted.seconds or DEFAULT_SECONDS, wanted.seconds is not None, run.started)
+    ends = time.localtime(time.time() + budget.started + budget.seconds - time.perf_counter())
+    yield Notice(
+        f"{'--time' if budget.asked else 'planned for'} {duration_words(budget.seconds)}"
+        f"{'' if budget.asked else ' (--time decides)'}: ends at {time.strftime('%H:%M:%S', ends)} "
+        "or earlier"
+    )
+    backbone, why = _backbone_for(wanted, options)
+    if why:
+        yield Notice(why)
+    examination = Examination(dataset, options.limits, options.cache, wanted.recipe.seed)
+    yield from _until_stopped(examination.begin(run.max_bad), run.means.stop)
+
+    def save(trained: Trained, plan: Plan) -> None:
+        run.note_down(trained.prepared, trained.recipe)
+        _, model_file = run.shipped(trained, plan, ())
+        write_file(run.model_path, model_file)
+
+    wish = Wish(wanted.recipe, wanted.pinned, backbone, options.labels)
+    climbing = climb(examination, wish, budget, run.means, save)
+    climbed: Climbed = yield from _logged(climbing, run.folder / "log.jsonl")
+    prepared = climbed.best.prepared
+    yield from _found(dataset, climbed.examined, options, run.folder)
+    yield from map(Notice, prepared.notices)
+    run.note_down(prepared, climbed.best.recipe)
+    return climbed.best, climbed.plan, _sentences(climbed.examined)
+
+
+def _backbone_for(wanted: Planned, options: Options) -> tuple[Backbone | None, str]:
+    """Return what a planned run starts from, and why it is nothing where nobody asked for that."""
+    if wanted.weights == "none":
+        return None, ""
+    model = wanted.model or EfficientNetLiteConfig()
+    try:
+        return open_backbone(model, wanted.weights or "imagenet", offline=options.offline), ""
+    except MissingExtraError as error:
+        if wanted.model is not None or wanted.weights is not None:
+            raise
+        return None, f"{error}; training starts from nothing"
+
+
+def _until_stopped(
+    work: Generator[Stage, None, Result], stop: threading.Event
+) -> Generator[Stage, None, Result]:
+    """Pass on some work that comes before any training; a stop ends the run."""
+    while True:
+        try:
+            event = next(work)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        if stop.is_set():
+            raise KeyboardInterrupt
+        yield event
+
+
+def _sentences(examined: Examined) -> tuple[str, ...]:
+    return tuple(f"{found.title} {found.remedy}" for found in examined.health.findings)
 
 
 def _found(
@@ -308,26 +456,27 @@ def _model_path(out: str | Path | None, dataset: Dataset, options: Options) -> P
     return path
 
 
-def _plan(prepared: Prepared, recipe: Recipe, device: torch.device, run_folder: Path) -> str:
+def _summary(prepared: Prepared, recipe: Recipe, run: _Run) -> str:
     height, width = prepared.geometry.size
     sizes = [f"{len(prepared.part(p)):,} {p}" for p in ("train", "validation", "test")]
+    depth = recipe.transfer.depth if recipe.transfer.weights != "none" else "all"
+    work = "a head" if depth == "head" else f"{recipe.training.epochs} epochs"
     return (
         f"{', '.join(sizes)} pictures of {len(prepared.dataset.classes)} classes; recipe "
-        f"'{recipe.name}': {recipe.model.family} at {height}x{width}, {recipe.training.epochs} "
-        f"epochs on {device}; logs in {run_folder}"
+        f"'{recipe.name}': {recipe.model.family} at {height}x{width}, {work} on "
+        f"{run.means.device}; logs in {run.folder}"
     )
 
 
-def _logged(
-    learning: Generator[Stage | EpochDone, None, Learned], path: Path, lines: list[str]
-) -> Generator[Stage | EpochDone, None, Learned]:
+def _logged(work: Progress[Result], path: Path) -> Progress[Result]:
     """Pass the events on, and keep one JSON line per epoch."""
+    lines: list[str] = []
     while True:
         try:
-            event = next(learning)
+            event = next(work)
         except StopIteration as end:
-            learned: Learned = end.value
-            return learned
+            result: Result = end.value
+            return result
         if isinstance(event, EpochDone):
             lines.append(json.dumps(vars(event.epoch)))
             write_file(path, "".join(f"{line}\n" for line in lines).encode())

@@ -8,8 +8,8 @@ Nothing is altered. What was looked for and did not run is said, with the reason
 import datetime as dt
 import time
 from collections.abc import Generator, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from kenspeckle.checks.labels import (
 from kenspeckle.checks.parts import drift_findings, share_findings
 from kenspeckle.checks.shape import class_counts, shape_facts, shape_findings
 from kenspeckle.checks.traits import shortcut_findings, tested_shortcuts
-from kenspeckle.core import DataError, Geometry, MissingExtraError, Stage, printable
+from kenspeckle.core import DataError, Geometry, MissingExtraError, Stage, printable, staged
 from kenspeckle.findings import Check, Finding, Health
 from kenspeckle.forecast import Forecast, forecast
 from kenspeckle.images import Limits, thumbnail
@@ -35,11 +35,10 @@ from kenspeckle.pixels import Cache, bad_pictures, open_pixels, original
 from kenspeckle.sources import Dataset
 from kenspeckle.survey import Survey, survey
 
-__all__ = ["Examined", "examine", "thumbnails"]
-
-Result = TypeVar("Result")
+__all__ = ["Examination", "Examined", "examine", "thumbnails"]
 
 THUMBNAIL_SIDE = 160
+_ASKED = "labels, outliers, forecast"
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 
 
@@ -86,6 +85,119 @@ class _Log:
         self.checks.append(Check(name, reason, 0.0, ran=False))
 
 
+class Examination:
+    """A check under way: `begin`, then `compare`, then `conclude`.
+
+    What comes between is the caller's: features that a training needs anyway, or a first model.
+
+    Args:
+        dataset: labelled pictures, with or without a split.
+        limits: what pictures are refused.
+        cache: where decoded pictures and features are kept.
+        seed: of folds and samples.
+
+    Attributes:
+        known: what was seen of each picture, after `begin`.
+        sound: the pictures that can be decoded, after `begin`.
+        subject: they, and which of them are the same, after `compare`.
+    """
+
+    known: Survey
+    sound: Dataset
+    subject: Subject
+
+    def __init__(self, dataset: Dataset, limits: Limits, cache: Cache, seed: int) -> None:
+        self._dataset, self._limits, self._cache, self._seed = dataset, limits, cache, seed
+        self._started = time.perf_counter()
+        self._log = _Log()
+
+    def begin(self, max_broken: float = 1.0) -> Generator[Stage, None, Survey]:
+        """Look at every picture.
+
+        Args:
+            max_broken: largest share of pictures that may be broken, 0 to 1.
+
+        Yields:
+            Progress.
+
+        Raises:
+            DataError: more pictures cannot be decoded; the text lists them.
+            WriteError: the cache could not be written.
+        """
+        dataset = self._dataset
+        looking = survey(dataset, self._limits, self._cache)
+        known = self.known = yield from staged("looking at every picture", looking)
+        if len(known.broken) > max_broken * len(dataset.items):
+            raise _too_many(dataset, known, max_broken)
+        self._log.add("files", self._started, _files(dataset, known))
+        self.sound = dataset.subset(known.sound.tolist()) if known.broken else dataset
+        return known
+
+    def features(
+        self, labels: bool | None, num_threads: int
+    ) -> Generator[Stage, None, NDArray[np.float32] | None]:
+        """Return what a pretrained network sees in every picture, if labels are to be looked at.
+
+        Args:
+            labels: as `examine` has it.
+            num_threads: compute threads; 0 takes all cores.
+
+        Yields:
+            Progress.
+
+        Raises:
+            MissingExtraError: the network that was asked for is not installed.
+            WriteError: the cache could not be written.
+        """
+        options = (self._limits, self._cache)
+        return (
+            yield from _asked_features(
+                self.sound,
+                self.known,
+                options,
+                labels=labels,
+                num_threads=num_threads,
+                log=self._log,
+            )
+        )
+
+    def compare(self, features: NDArray[np.float32] | None) -> Subject:
+        """Return which pictures are the same; with features, slight crops are found too.
+
+        Raises:
+            MissingExtraError: scikit-learn is not installed.
+        """
+        begun = time.perf_counter()
+        with _one_thread():
+            copies = find_copies(self.known, features)
+            self.subject = Subject(self.sound, self.known, copies)
+            found = list(copy_findings(self.subject))
+        self._log.add("duplicates and leaks", begun, found)
+        return self.subject
+
+    def conclude(
+        self, features: NDArray[np.float32] | None, left_out: str = ""
+    ) -> Generator[Stage, None, Examined]:
+        """Run all other checks.
+
+        Args:
+            features: `float32 (N, D)` of the sound pictures; None leaves the labels alone.
+            left_out: why that is so, where it is not known yet.
+
+        Yields:
+            Progress.
+
+        Raises:
+            MissingExtraError: scikit-learn is not installed.
+        """
+        if left_out:
+            self._log.skip(_ASKED, left_out)
+        with _one_thread():
+            answers, prospect = yield from _judge(self.subject, features, self._seed, self._log)
+        health = _summed_up(self._dataset, self.subject, self._log, prospect, self._started)
+        return Examined(health, self.known.broken, self.subject, answers)
+
+
 def examine(
     dataset: Dataset,
     limits: Limits,
@@ -117,29 +229,24 @@ def examine(
         MissingExtraError: scikit-learn is not installed, or the network that was asked for.
         WriteError: the cache could not be written.
     """
+    with _one_thread():
+        pass  # what is not installed is said before anything is read
+    examination = Examination(dataset, limits, cache, seed)
+    yield from examination.begin(max_broken)
+    features = yield from examination.features(labels, num_threads)
+    yield Stage("comparing pictures", 0, 1)
+    examination.compare(features)
+    return (yield from examination.conclude(features))
+
+
+def _one_thread() -> AbstractContextManager[object]:
+    """Multiply small matrices on one thread, where more would only wait for one another."""
     try:
         from threadpoolctl import threadpool_limits
     except ModuleNotFoundError as error:
         raise MissingExtraError("checking data", "train") from error
-    started = time.perf_counter()
-    log = _Log()
-    known = yield from _staged("looking at every picture", survey(dataset, limits, cache))
-    if len(known.broken) > max_broken * len(dataset.items):
-        raise _too_many(dataset, known, max_broken)
-    log.add("files", started, _files(dataset, known))
-    sound = dataset.subset(known.sound.tolist()) if known.broken else dataset
-    features = yield from _asked_features(
-        sound, known, (limits, cache), labels=labels, num_threads=num_threads, log=log
-    )
-    # All that follows multiplies small matrices, where more threads only wait for one another.
-    with threadpool_limits(limits=1):
-        yield Stage("comparing pictures", 0, 1)
-        begun = time.perf_counter()
-        subject = Subject(sound, known, find_copies(known, features))
-        log.add("duplicates and leaks", begun, list(copy_findings(subject)))
-        answers, prospect = yield from _judge(subject, features, seed, log)
-    health = _summed_up(dataset, subject, log, prospect, started)
-    return Examined(health, known.broken, subject, answers)
+    limits: AbstractContextManager[object] = threadpool_limits(limits=1)
+    return limits
 
 
 def _summed_up(
@@ -231,19 +338,6 @@ def _files(dataset: Dataset, known: Survey) -> list[Finding]:
     return [finding for finding in found if finding is not None]
 
 
-def _staged(
-    name: str, work: Generator[tuple[int, int], None, Result]
-) -> Generator[Stage, None, Result]:
-    """Pass on what a generator returns, and its progress under a name."""
-    while True:
-        try:
-            done, total = next(work)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-        yield Stage(name, done, total)
-
-
 def _asked_features(
     sound: Dataset,
     known: Survey,
@@ -254,12 +348,11 @@ def _asked_features(
     log: _Log,
 ) -> Generator[Stage, None, NDArray[np.float32] | None]:
     """Return the features, if labels are to be looked at and there is something to look at."""
-    asked = "labels, outliers, forecast"
     if labels is False:
-        log.skip(asked, "left out; --labels asks for it")
+        log.skip(_ASKED, "left out; --labels asks for it")
         return None
     if not len(known.sound):
-        log.skip(asked, "there are no pictures")
+        log.skip(_ASKED, "there are no pictures")
         return None
     begun = time.perf_counter()
     try:
@@ -267,7 +360,7 @@ def _asked_features(
     except MissingExtraError as error:
         if labels:
             raise
-        log.skip(asked, str(error))
+        log.skip(_ASKED, str(error))
         return None
     log.add("features", begun, [], f"{features.shape[1]} a picture")
     return features
@@ -285,9 +378,9 @@ def _features(
     side = default_size(float(np.median(np.sqrt(1.0 * traits.height * traits.width))))
     geometry = Geometry((side, side))
     reading = open_pixels(sound, geometry, limits, cache)
-    store = yield from _staged("reading pictures", reading)
+    store = yield from staged("reading pictures", reading)
     computing = features_of(store, geometry, cache, num_threads=num_threads)
-    return (yield from _staged("computing features", computing))
+    return (yield from staged("computing features", computing))
 
 
 def thumbnails(dataset: Dataset, indices: Iterable[int], limits: Limits) -> dict[int, bytes]:

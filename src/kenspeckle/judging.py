@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from kenspeckle.core import DataError, nearest
+from kenspeckle.costs import Costs
 from kenspeckle.evaluation import evaluate
 from kenspeckle.names import listed
 from kenspeckle.prediction import load, predict_dataset
@@ -14,15 +15,17 @@ from kenspeckle.sources import Dataset
 __all__ = ["judge"]
 
 
-def judge(model_path: Path, dataset: Dataset, split: str) -> Scores:
+def judge(model_path: Path, dataset: Dataset, split: str, costs: Costs | None = None) -> Scores:
     """Measure a model on one part of a data set, or on all of it.
 
     Args:
         model_path: the model file.
         dataset: labelled pictures.
         split: ``train``, ``validation``, ``test`` or ``all``.
+        costs: decide the answers, instead of those that the model knows.
 
     Raises:
+        InvalidValueError: the costs are not those of the model's classes.
         MissingPathError: the model is not there.
         ModelFileError: the model file is damaged or hostile.
         DataError: the data hold a class that the model does not know, have no labelled pictures
@@ -44,7 +47,7 @@ def judge(model_path: Path, dataset: Dataset, split: str) -> Scores:
     )
     found = predict_dataset(model, dataset, np.array(chosen, np.int64))
     probabilities = np.concatenate([part.probabilities for part in found])
-    return evaluate(probabilities, labels, model.classes)
+    return evaluate(probabilities, labels, model.classes, costs=costs or model.costs)
 
 
 def _check_classes(

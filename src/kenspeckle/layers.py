@@ -6,7 +6,7 @@ in, and dropout has one of its own.
 
 import abc
 import math
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,12 +21,15 @@ __all__ = [
     "DiracConv2d",
     "Dropout",
     "Initialisable",
+    "Tail",
     "Whitening",
     "initialise",
     "normalise",
     "reseed",
     "whiten_",
 ]
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Classifier(nn.Module, abc.ABC):
@@ -35,9 +38,14 @@ class Classifier(nn.Module, abc.ABC):
     Attributes:
         linear_on_average: whether the embedding is the average of the feature map over its pixels
             and the last layer is linear; class activation maps are exact then.
+        has_tail: whether `middle`, `tail` and `tail_modules` cut it in two; the maps of a frozen
+            first part can be kept then, and the second trained on them.
+        norms_frozen: whether batch norms keep their statistics in training.
     """
 
     linear_on_average: bool = False
+    has_tail: bool = False
+    norms_frozen: bool = False
 
     @abc.abstractmethod
     def features(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c y x"]:
@@ -54,6 +62,101 @@ class Classifier(nn.Module, abc.ABC):
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n k"]:
         """Return the logits of normalised pictures."""
         return self.classify(self.embed(self.features(images)))
+
+    def train(self: "Network", mode: bool = True) -> "Network":
+        """Set training mode, in which frozen norms take no part."""
+        super().train(mode)
+        if self.norms_frozen:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def stages(self) -> list[nn.Module]:
+        """Return disjoint parts, from the input to the classes, that hold every parameter."""
+        return [self]
+
+    def last_layer(self) -> nn.Linear:
+        """Return the layer that maps the embedding to logits: the last linear one.
+
+        Raises:
+            InvalidValueError: no layer is linear.
+        """
+        linear = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise InvalidValueError(
+                f"a {type(self).__name__} must have a linear layer; it has none"
+            )
+        return linear[-1]
+
+    def middle(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c y x"]:
+        """Return the map that goes into the tail.
+
+        Raises:
+            InvalidValueError: the network has no tail.
+        """
+        raise self._without_tail()
+
+    def tail(self, middle: Float[Tensor, "n c y x"]) -> Float[Tensor, "n d v u"]:
+        """Return the last feature map; ``tail(middle(images))`` is ``features(images)``.
+
+        Raises:
+            InvalidValueError: the network has no tail.
+        """
+        raise self._without_tail()
+
+    def tail_modules(self) -> list[nn.Module]:
+        """Return the parts that `tail` runs, which hold all of its parameters.
+
+        Raises:
+            InvalidValueError: the network has no tail.
+        """
+        raise self._without_tail()
+
+    def _without_tail(self) -> InvalidValueError:
+        return InvalidValueError(
+            f"the network must be one that has a tail; got a {type(self).__name__}"
+        )
+
+
+class Tail(Classifier):
+    """The second part of a network by itself: maps in, logits out; the first part stays as it is.
+
+    Args:
+        network: one that has a tail, whose modules are shared.
+    """
+
+    def __init__(self, network: Classifier) -> None:
+        super().__init__()
+        self.network = network
+        self.linear_on_average = network.linear_on_average
+        self.requires_grad_(False)
+        for module in self.stages():
+            module.requires_grad_(True)
+
+    def stages(self) -> list[nn.Module]:
+        """Return the parts that are trained."""
+        return [*self.network.tail_modules(), self.network.last_layer()]
+
+    def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
+        """Return the logits of maps."""
+        return self.classify(self.embed(self.features(images)))
+
+    def last_layer(self) -> nn.Linear:
+        """Return the network's."""
+        return self.network.last_layer()
+
+    def features(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d y x"]:
+        """Return the last feature map."""
+        return self.network.tail(images)
+
+    def embed(self, features: Float[Tensor, "n c y x"]) -> Float[Tensor, "n d"]:
+        """Return the input of the last layer."""
+        return self.network.embed(features)
+
+    def classify(self, embedding: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
+        """Return the logits."""
+        return self.network.classify(embedding)
 
 
 def normalise(
@@ -134,10 +237,10 @@ def reseed(model: nn.Module, seed: int, epoch: int) -> None:
 
 @runtime_checkable
 class Initialisable(Protocol):
-    """A layer that sets its own parameters and buffers."""
+    """A module that sets its own parameters and buffers."""
 
     def initialise_(self, generator: torch.Generator) -> None:
-        """Set every parameter and buffer that the layer itself holds, from `generator`."""
+        """Set every parameter and buffer of the module and of those in it, from `generator`."""
 
 
 class DiracConv2d(nn.Conv2d):
@@ -233,8 +336,8 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
     """Set every parameter and buffer of `model`, in the order of its modules.
 
     The distributions are PyTorch's own: convolutions and fully connected layers are uniform
-    within ``1 / sqrt(fan in)``, batch normalisation starts as the identity. A layer with an
-    ``initialise_`` method sets itself.
+    within ``1 / sqrt(fan in)``, batch normalisation starts as the identity. A module with an
+    ``initialise_`` method sets itself, and all that it contains.
 
     Args:
         model: the network, on the device of `generator`; what its tensors hold is not read.
@@ -243,20 +346,26 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
     Raises:
         InvalidValueError: a layer has parameters or buffers and no rule sets them.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, Initialisable):
-            module.initialise_(generator)
-        elif isinstance(module, nn.Conv2d | nn.Linear):
-            _fan_in_uniform_(module.weight, module.weight, generator)
-            if module.bias is not None:
-                _fan_in_uniform_(module.bias, module.weight, generator)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()
-        elif module._parameters or module._buffers:
-            raise InvalidValueError(
-                f"the layer '{name}' must be one that can be initialised; got a "
-                f"{type(module).__name__}; give it a method initialise_(generator)"
-            )
+    _initialise("", model, generator)
+
+
+def _initialise(name: str, module: nn.Module, generator: torch.Generator) -> None:
+    if isinstance(module, Initialisable):
+        module.initialise_(generator)
+        return
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        _fan_in_uniform_(module.weight, module.weight, generator)
+        if module.bias is not None:
+            _fan_in_uniform_(module.bias, module.weight, generator)
+    elif isinstance(module, nn.BatchNorm2d):
+        module.reset_parameters()
+    elif module._parameters or module._buffers:
+        raise InvalidValueError(
+            f"the layer '{name}' must be one that can be initialised; got a "
+            f"{type(module).__name__}; give it a method initialise_(generator)"
+        )
+    for child_name, child in module.named_children():
+        _initialise(f"{name}.{child_name}" if name else child_name, child, generator)
 
 
 def _fan_in_uniform_(tensor: Tensor, weight: Tensor, generator: torch.Generator) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "binary_cross_entropy",
     "cross_entropy",
     "focal",
+    "mixed_cross_entropy",
     "objective",
     "squared_error",
 ]
@@ -132,12 +133,13 @@ def balanced_weights(counts: Sequence[int]) -> Float[Tensor, " k"]:
     return weights.float()
 
 
-def objective(config: LossConfig, class_counts: Sequence[int]) -> ItemLoss:
+def objective(config: LossConfig, balanced: Sequence[int] | None = None) -> ItemLoss:
     """Return the loss per item that `config` describes.
 
     Args:
         config: which loss, with its settings.
-        class_counts: pictures of each class in the training set.
+        balanced: pictures of each class in the training set, to weigh each by the inverse; None
+            weighs all pictures alike.
 
     Raises:
         InvalidValueError: weights are to be balanced and no class has a picture.
@@ -147,9 +149,28 @@ def objective(config: LossConfig, class_counts: Sequence[int]) -> ItemLoss:
         loss = functools.partial(cross_entropy, label_smoothing=config.label_smoothing)
     if config.gamma is not None:
         loss = functools.partial(focal, gamma=config.gamma)
-    if config.class_weights == "none":
+    if balanced is None:
         return loss
-    return functools.partial(_weighted, loss, balanced_weights(class_counts))
+    return functools.partial(_weighted, loss, balanced_weights(balanced))
+
+
+def mixed_cross_entropy(
+    logits: Float[Tensor, "n k"],
+    targets: Float[Tensor, "n k"],
+    label_smoothing: float = 0.0,
+    weights: Float[Tensor, " k"] | None = None,
+) -> Float[Tensor, " n"]:
+    """Return the cross-entropy with targets that are shares of several classes, in nats.
+
+    Args:
+        logits: outputs of the network.
+        targets: the share of each class; rows sum to one.
+        label_smoothing: share of the target that is spread evenly over all classes.
+        weights: of each class; a picture counts by the mean weight of its classes.
+    """
+    smooth = targets * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+    losses = -(smooth * logits.log_softmax(1)).sum(1)
+    return losses if weights is None else losses * (targets @ weights.to(logits))
 
 
 def _weighted(

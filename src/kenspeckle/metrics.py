@@ -15,7 +15,7 @@ N is the number of items, K the number of classes; labels are class indices from
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,7 +23,9 @@ from numpy.typing import ArrayLike, NDArray
 from kenspeckle.core import Interval, InvalidValueError
 
 __all__ = [
+    "METRICS",
     "UNDEFINED",
+    "Metric",
     "PerClass",
     "accuracy",
     "balanced_accuracy",
@@ -36,6 +38,7 @@ __all__ = [
     "per_class",
     "rates",
     "resamples",
+    "score_of",
     "share_interval",
     "top_k_accuracy",
     "top_k_hits",
@@ -43,6 +46,11 @@ __all__ = [
     "wilson",
     "wilson_f1",
 ]
+
+Metric = Literal["accuracy", "balanced accuracy"]
+"""What chooses the best of several models."""
+
+METRICS = get_args(Metric)
 
 Labels = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -204,6 +212,32 @@ def weighted(values: Floats, support: Labels) -> float:
 def balanced_accuracy(confusion: Labels) -> float:
     """Return the mean recall over the classes that have items, which is the macro recall."""
     return macro(per_class(confusion).recall)
+
+
+def score_of(metric: Metric, labels: Labels, predicted: Labels, num_classes: int) -> float:
+    """Return the share of right answers, or the mean of that share over classes with items.
+
+    Args:
+        metric: ``accuracy`` or ``balanced accuracy``.
+        labels: ``int64 (N,)``, from 0 to K - 1, at least one.
+        predicted: ``int64 (N,)``.
+        num_classes: K.
+
+    Raises:
+        InvalidValueError: the metric is unknown, or the arrays differ in length.
+
+    Example:
+        >>> labels, predicted = np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0])
+        >>> score_of("accuracy", labels, predicted, 2)
+        0.75
+        >>> score_of("balanced accuracy", labels, predicted, 2)
+        0.5
+    """
+    if metric not in METRICS:
+        raise InvalidValueError(f"metric must be one of {METRICS}; got {metric!r}")
+    if metric == "accuracy":
+        return accuracy(labels, predicted)
+    return balanced_accuracy(confusion_matrix(labels, predicted, num_classes))
 
 
 def log_losses(labels: Labels, probabilities: NDArray[np.floating[Any]]) -> Floats:

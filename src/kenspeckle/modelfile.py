@@ -29,11 +29,14 @@ from kenspeckle.core import (
     ModelFileError,
     Normalisation,
 )
+from kenspeckle.costs import Costs
 from kenspeckle.graphs import check_graph
 
 __all__ = ["FORMAT_VERSION", "Manifest", "ModelFile", "Rejection", "pack", "read"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is read: 1, or 2 where costs decide, which earlier releases would not heed."""
+
 MAX_FILE_BYTES = 4_000_000_000
 MAX_MANIFEST_BYTES = 64_000_000
 MAX_MEMBERS = 10_000
@@ -78,8 +81,13 @@ class Manifest:
         recipe: every setting of the run.
         provenance: data fingerprint, split, seeds, versions, machine and wall time.
         licence: of the weights, as an SPDX expression or None where the user decides.
-        format_version: of the file.
+        costs: ``costs[true][answered]``, K rows of K numbers in the order of `classes`, by which
+            the answer is chosen (see `kenspeckle.costs.Costs`); None answers the most probable.
         members: SHA-256 of every other member, by name.
+        format_version: of the file: the lowest that can say all this.
+
+    Raises:
+        InvalidValueError: `costs` are not a cost matrix of these classes.
     """
 
     classes: tuple[str, ...]
@@ -91,8 +99,17 @@ class Manifest:
     recipe: Mapping[str, Any]
     provenance: Mapping[str, Any]
     licence: str | None = None
-    format_version: int = FORMAT_VERSION
+    costs: tuple[tuple[float, ...], ...] | None = None
     members: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.costs is not None and len(Costs(self.costs).matrix) != len(self.classes):
+            raise InvalidValueError(
+                f"costs must be those of the {len(self.classes)} classes; got {len(self.costs)} "
+                "rows"
+            )
+        object.__setattr__(self, "format_version", 1 if self.costs is None else 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +152,8 @@ def pack(manifest: Manifest, members: Mapping[str, bytes]) -> bytes:
             raise InvalidValueError(f"a model file has no member named {name!r}")
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     plain = asdict(manifest) | {"members": hashes}
+    if manifest.costs is None:
+        del plain["costs"]  # version 1 has no such entry
     text = json.dumps(plain, ensure_ascii=True, indent=1, sort_keys=True, allow_nan=False)
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
@@ -256,9 +275,15 @@ def _manifest(path: Path, plain: Any) -> Manifest:  # noqa: ANN401 - any JSON va
             f"{FORMAT_VERSION}; run: pip install --upgrade kenspeckle"
         )
     try:
-        return _checked(plain)
+        manifest = _checked(plain)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelFileError(f"{path}: manifest.json is not one: {error!r}") from error
+    if manifest.format_version != version:
+        raise ModelFileError(
+            f"{path}: manifest.json must state format version {manifest.format_version} for what "
+            f"it holds; got {version}"
+        )
+    return manifest
 
 
 def _checked(plain: dict[str, Any]) -> Manifest:
@@ -294,9 +319,16 @@ def _checked(plain: dict[str, Any]) -> Manifest:
         recipe=dict(plain["recipe"]),
         provenance=dict(plain["provenance"]),
         licence=plain["licence"],
-        format_version=plain["format_version"],
+        costs=_matrix(plain.get("costs")),
         members=dict(zip(plain["members"], _all(str, plain["members"].values()), strict=True)),
     )
+
+
+def _matrix(plain: Any) -> tuple[tuple[float, ...], ...] | None:  # noqa: ANN401 - any JSON value
+    if plain is None:
+        return None
+    rows = ([float(v) if type(v) is int else v for v in row] for row in plain)
+    return tuple(tuple(_all(float, row)) for row in rows)
 
 
 def _all(kind: type, values: Any) -> list[Any]:  # noqa: ANN401 - any JSON value

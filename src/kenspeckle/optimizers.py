@@ -34,7 +34,9 @@ Update = Callable[[Optimizer, Callable[[], Tensor], int], Tensor]
 Parameters = Sequence[nn.Parameter]
 
 
-def optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
+def optimizer(
+    config: OptimizerConfig, model: nn.Module, stages: Sequence[nn.Module] = (), decay: float = 1.0
+) -> Optimizer:
     """Return the optimizer that `config` describes, for the trainable parameters of `model`.
 
     Parameters with one axis (biases, norms) get no weight decay. Each group's ``initial_lr`` is
@@ -43,12 +45,32 @@ def optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     Args:
         config: which optimizer, with its settings.
         model: the network, already on the device where it will be trained.
+        stages: the parts of the model from its inputs to its outputs, where the rate decays.
+        decay: factor on the rate from each stage to the one before it, above 0; 1 is none.
+            Source: Howard and Ruder 2018, section 3.2, arXiv 1801.06146.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     built = OPTIMIZERS[config.name](config, parameters)
+    if decay != 1:
+        factors = {
+            parameter: decay ** (len(stages) - 1 - depth)
+            for depth, stage in enumerate(stages)
+            for parameter in stage.parameters()
+        }
+        built.param_groups = [
+            part for group in built.param_groups for part in _by_factor(group, factors)
+        ]
     for group in built.param_groups:
         group["initial_lr"] = group["lr"]
     return built
+
+
+def _by_factor(group: dict[str, Any], factors: dict[nn.Parameter, float]) -> list[dict[str, Any]]:
+    """Split a group into one for each factor on its learning rate."""
+    parts: dict[float, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        parts.setdefault(factors[parameter], []).append(parameter)
+    return [{**group, "params": some, "lr": group["lr"] * f} for f, some in parts.items()]
 
 
 def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -227,8 +249,10 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 """From the share of the run that is over, 0 to 1, to the factor on the learning rate."""
 
 
-def schedule(config: ScheduleConfig, num_steps: int) -> Callable[[int], float]:
+def schedule(config: ScheduleConfig, num_steps: int) -> Callable[[float], float]:
     """Return the factor on the learning rate as a function of the step's number, from 0.
+
+    The number need not be whole: a run in a hurry passes over parts of its schedule.
 
     The rate rises in equal steps over the warm-up, is whole at the first step after it, and then
     follows the named shape; ``linear`` and ``cosine`` would be zero at step `num_steps`.
@@ -247,7 +271,7 @@ def schedule(config: ScheduleConfig, num_steps: int) -> Callable[[int], float]:
     # The drops of `steps` are at shares of the run; what falls smoothly falls after the warm-up.
     start = 0 if config.name == "steps" else num_warmup
 
-    def factor(step: int) -> float:
+    def factor(step: int | float) -> float:
         if step < num_warmup:
             return (step + 1) / (num_warmup + 1)
         return shape(min(1.0, (step - start) / max(1, num_steps - start)))

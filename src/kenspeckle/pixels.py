@@ -65,7 +65,7 @@ def default_cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class Cache:
-    """Where decoded pictures, frozen features and their networks are kept, and how many bytes.
+    """Where pictures, frozen features and maps, and their networks are kept, and how many bytes.
 
     Attributes:
         folder: made when needed.
@@ -88,7 +88,7 @@ class Cache:
     def make_room(self, num_bytes: int) -> None:
         """Remove the least recently used files until `num_bytes` more fit under the limit."""
         files = []
-        kinds = ("pixels", "surveys", "features", "backbones")
+        kinds = ("pixels", "surveys", "features", "maps", "backbones")
         kept = [path for kind in kinds for path in self._files(kind)]
         for path in kept:
             state = path.stat()

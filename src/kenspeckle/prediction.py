@@ -17,6 +17,7 @@ from kenspeckle.core import (
     Pixels,
     Predictions,
 )
+from kenspeckle.costs import Costs, decide
 from kenspeckle.files import read_file
 from kenspeckle.images import Limits, prepare
 from kenspeckle.modelfile import Manifest, ModelFile, read
@@ -38,15 +39,27 @@ class Answer:
 
     Attributes:
         name: the picture's, as it was given.
-        label: the most probable class.
+        label: the class that is answered: the most probable one or, where the model knows what
+            mistakes cost, the one of least expected cost.
         probability: of that class, calibrated.
-        ranking: every class with its probability, the most probable first.
+        ranking: every class with its probability, the most probable first. Costs do not change
+            it, so that `label` need not lead it.
     """
 
     name: str
     label: str
     probability: float
     ranking: tuple[tuple[str, float], ...]
+
+    def top(self, num: int) -> tuple[tuple[str, float], ...]:
+        """Return `num` classes with their probabilities: the answer, then the most probable others.
+
+        Example:
+            >>> Answer("a.jpg", "red", 0.1, (("green", 0.9), ("red", 0.1))).top(2)
+            (('red', 0.1), ('green', 0.9))
+        """
+        others = [entry for entry in self.ranking if entry[0] != self.label]
+        return ((self.label, self.probability), *others)[:num]
 
 
 class Model:
@@ -74,6 +87,8 @@ class Model:
         except Exception as error:  # ONNX Runtime's errors share no narrower class
             raise ModelFileError(f"{file.path}: ONNX Runtime refuses the graph: {error}") from error
         self.file = file
+        matrix = file.manifest.costs
+        self._costs = None if matrix is None else Costs(matrix)
         self._check_interface()
 
     def _check_interface(self) -> None:
@@ -98,6 +113,11 @@ class Model:
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of the outputs."""
         return self.manifest.classes
+
+    @property
+    def costs(self) -> Costs | None:
+        """What mistakes cost; None where every mistake is alike."""
+        return self._costs
 
     def run(self, pixels: Pixels) -> Predictions:
         """Return what the network says of prepared pictures, ``uint8 (N, H, W, 3)``.
@@ -180,7 +200,8 @@ class Model:
         """Return the answer that a row of probabilities, ``float32 (K,)``, stands for."""
         order = np.argsort(-probabilities, kind="stable")
         ranking = tuple((self.classes[k], float(probabilities[k])) for k in order)
-        return Answer(name, *ranking[0], ranking)
+        label = int(decide(probabilities[np.newaxis], self.costs)[0])
+        return Answer(name, self.classes[label], float(probabilities[label]), ranking)
 
 
 def _name(source: Source) -> str:

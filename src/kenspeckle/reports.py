@@ -6,9 +6,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kenspeckle import pages
+from kenspeckle import pages, planpage
 from kenspeckle.core import Interval
-from kenspeckle.pages import count, listed, percent, quoted, setting, spread
+from kenspeckle.pages import (
+    count,
+    listed,
+    number,
+    percent,
+    points,
+    quoted,
+    setting,
+    spread,
+)
 from kenspeckle.results import Epoch, Report, Scores
 
 if TYPE_CHECKING:
@@ -18,6 +27,7 @@ __all__ = ["Verdict", "render", "summary", "verdict"]
 
 _MAX_MATRIX_CLASSES = 25  # beyond that a confusion matrix is no longer read but searched
 _MAX_CONFUSIONS = 20
+_SMALL_GAP, _LARGE_GAP = 0.02, 0.1  # of accuracy between training and validation
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,38 @@ class _Confusion:
     predicted: str
     num_items: int
     share: float
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """How much more often a network is right on what it learnt from than on what it did not.
+
+    Attributes:
+        train: accuracy on the training pictures, 0 to 1.
+        validation: accuracy on the validation pictures, 0 to 1.
+        chance: by how much the latter may be too low by chance, 0 to 1.
+        during: whether `train` was measured while it learnt, on pictures altered at random.
+    """
+
+    train: float
+    validation: float
+    chance: float
+    during: bool
+
+    @property
+    def size(self) -> float:
+        """The difference, -1 to 1."""
+        return self.train - self.validation
+
+    @property
+    def small(self) -> bool:
+        """Whether it is none to speak of."""
+        return self.size <= max(_SMALL_GAP, self.chance)
+
+    @property
+    def large(self) -> bool:
+        """Whether it speaks of pictures learnt by heart."""
+        return self.size > _LARGE_GAP and not self.small
 
 
 def verdict(report: Report) -> Verdict:
@@ -87,13 +129,20 @@ def render(report: Report) -> str:
     Raises:
         MissingExtraError: Jinja2 or matplotlib is not installed.
     """
-    scores = report.judged
+    scores, plan, taken = report.judged, report.plan, report.training.seconds
     return pages.render(
         "report.html",
         report=report,
         scores=scores,
         split=_split(report),
+        chosen=_chosen(report),
         verdict=verdict(report),
+        kept=planpage.kept(plan) if plan else None,
+        time_used=planpage.time_used(plan, taken) if plan else (),
+        outlook=planpage.outlook(plan, taken) if plan else (),
+        scores_over_time=planpage.chart(plan, taken) if plan else "",
+        overfitting=_overfitting(report),
+        turn=_turn(report),
         charts=_charts(report),
         measures=_measures(report),
         weakest_first=sorted(scores.per_class, key=lambda c: _low_first(c.f1.value)),
@@ -119,8 +168,8 @@ def _cautions_on_evidence(report: Report) -> Iterator[str]:
     width = scores.accuracy.high - scores.accuracy.low
     if not report.test:
         yield (
-            "There is no test split. The validation pictures also chose the best epoch, so this "
-            "figure is optimistic: expect less on new pictures."
+            f"There is no test split. The validation pictures also chose {_chosen(report)}, so "
+            "this figure is optimistic: expect less on new pictures."
         )
     if width > 0.1:
         yield (
@@ -146,15 +195,14 @@ def _cautions_on_evidence(report: Report) -> Iterator[str]:
 
 
 def _cautions_on_training(report: Report) -> Iterator[str]:
-    history, best = report.training.history, _best(report)
-    if best and best.train_accuracy is not None:
-        gap = best.train_accuracy - best.validation_accuracy
-        if gap > 0.1:
-            yield (
-                f"Right on {percent(best.train_accuracy)} of the training pictures, but on "
-                f"{percent(best.validation_accuracy)} of the validation pictures: it learns "
-                "pictures by heart. More pictures, augmentation or dropout would help."
-            )
+    history, best, gap = report.training.history, _best(report), _gap(report)
+    if gap and gap.large:
+        more = ", stronger augmentation or dropout" if gap.during else " or stronger regularisation"
+        yield (
+            f"Right on {percent(gap.train)} of the training pictures, but on "
+            f"{percent(gap.validation)} of the validation pictures: it has learnt them by heart. "
+            f"More pictures{more} would help."
+        )
     if best and len(history) > 1 and best is history[-1]:
         yield "The last epoch was the best one: training longer may do better."
 
@@ -179,6 +227,68 @@ def _cautions_on_classes(report: Report) -> Iterator[str]:
 def _best(report: Report) -> Epoch | None:
     training = report.training
     return next((e for e in training.history if e.number == training.best_epoch), None)
+
+
+def _chosen(report: Report) -> str:
+    """Return what the validation pictures chose."""
+    epochs = report.training.history and not report.plan
+    return "the best epoch" if epochs else "the model that was kept"
+
+
+# Overfitting.
+
+
+def _gap(report: Report) -> _Gap | None:
+    accuracy, best = report.validation.accuracy, _best(report)
+    kept = planpage.kept(report.plan) if report.plan else None
+    chance = accuracy.high - accuracy.value
+    if best and best.train_accuracy is not None:
+        return _Gap(best.train_accuracy, best.validation_accuracy, chance, during=True)
+    if kept is None or kept.score is None or kept.train_score is None:
+        return None
+    # Balanced accuracy does not compare with accuracy on the training pictures.
+    by_accuracy = report.plan and report.plan.metric == "accuracy"
+    validation = kept.score if by_accuracy else accuracy.value
+    return _Gap(kept.train_score, validation, chance, during=kept.num_epochs > 0)
+
+
+def _overfitting(report: Report) -> tuple[str, str]:
+    """Return how much of it there is, and what tells so, in words."""
+    if (gap := _gap(report)) is None:
+        return "Not known", "Accuracy on the training pictures was not measured."
+    size = "None to speak of" if gap.small else "Much" if gap.large else "Some"
+    words = (
+        f"Right on {percent(gap.train)} of the training pictures and on "
+        f"{percent(gap.validation)} of the validation pictures."
+    )
+    if gap.small and gap.size > _SMALL_GAP:
+        pictures = count(report.validation.num_items, "validation picture")
+        words += f" With {pictures}, chance alone explains as much."
+    if gap.size < 0 and gap.during:
+        words += (
+            " Below zero, since training accuracy is measured while the network still learns, on "
+            "pictures that augmentation or mixing made harder: it may hide a little."
+        )
+    return f"{size}: {points(gap.size)} points between training and validation", words
+
+
+def _turn(report: Report) -> str:
+    """Return whether validation loss rose after the best epoch, in words; empty if unknown."""
+    history, best = report.training.history, _best(report)
+    if best is None or len(history) < 2:
+        return ""
+    last = history[-1]
+    if best is last:
+        return "The last epoch was the best one: validation had not turned."
+    before, after = best.validation_loss, last.validation_loss
+    turned = after > 1.01 * before and last.train_loss < best.train_loss  # less is no rise
+    losses = f"{number(before)} to {number(after)}"
+    if turned:
+        return (
+            f"After epoch {best.number} validation loss rose from {losses} while training loss "
+            "went on falling: what was learnt from there on holds for the training pictures only."
+        )
+    return f"After epoch {best.number} validation loss did not turn upwards ({losses})."
 
 
 def _confusions(scores: Scores) -> list[_Confusion]:
@@ -218,13 +328,14 @@ def _measures(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
         (name, [(percent(i.value), spread(i)) for i in intervals if i])
         for name, intervals in shares.items()
     ]
-    losses = [s.log_loss for s in splits]
-    rows.append(
-        (
-            "Log loss, nats",
-            [(pages.number(i.value), f"{i.low:.3f} to {i.high:.3f}") for i in losses],
-        )
-    )
+    amounts: dict[str, list[Interval | None]] = {
+        "Log loss, nats": [s.log_loss for s in splits],
+        "Mean cost of an answer": [s.mean_cost for s in splits],
+    }
+    rows += [
+        (name, [(number(i.value), f"{i.low:.3f} to {i.high:.3f}") for i in intervals if i])
+        for name, intervals in amounts.items()
+    ]
     errors = [s.expected_calibration_error for s in splits]
     rows.append(("Calibration error", [(percent(error), "") for error in errors]))
     return [row for row in rows if row[1]]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kenspeckle.core import Interval, InvalidValueError, nearest
+from kenspeckle.plans import Plan
 
 __all__ = [
     "Averages",
@@ -76,7 +77,8 @@ class Scores:
     Attributes:
         classes: names, in the order of the network's outputs.
         num_items: pictures.
-        accuracy: share whose most probable class is the right one.
+        accuracy: share answered right; the answer is the most probable class or, where mistakes
+            have costs, the one of least expected cost.
         top_k: how many classes `top_k_accuracy` looks at; None with two classes.
         top_k_accuracy: share whose class is among the `top_k` most probable.
         balanced_accuracy: mean recall over the classes that have pictures.
@@ -89,6 +91,8 @@ class Scores:
         majority_accuracy: the accuracy of always saying `majority_class`.
         confusion: pictures per true class (rows) and predicted class (columns).
         per_class: in the order of `classes`.
+        mean_cost: of an answer, where mistakes have costs. Its interval knows only mistakes that
+            were seen: a dearer one may still come.
     """
 
     classes: tuple[str, ...]
@@ -106,6 +110,7 @@ class Scores:
     majority_accuracy: float
     confusion: tuple[tuple[int, ...], ...]
     per_class: tuple[ClassScores, ...]
+    mean_cost: Interval | None = None
 
     def __post_init__(self) -> None:
         widths = {len(self.per_class), len(self.confusion), *map(len, self.confusion)}
@@ -215,6 +220,7 @@ class Epoch:
         validation_accuracy: after the epoch, 0 to 1.
         train_accuracy: over the epoch's steps, 0 to 1, if it was measured.
         seconds: wall time.
+        score: balanced validation accuracy, 0 to 1, where that chooses the best epoch.
     """
 
     number: int
@@ -224,6 +230,7 @@ class Epoch:
     validation_accuracy: float
     train_accuracy: float | None
     seconds: float
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -283,6 +290,7 @@ class Report:
         next_commands: what to do with the model.
         test_without_leaks: scores on the test pictures that do not stand in the training pictures
             too, if some do.
+        plan: how the time was used, where the run was planned and not a recipe's.
     """
 
     title: str
@@ -298,6 +306,7 @@ class Report:
     command: str
     next_commands: tuple[str, ...] = ()
     test_without_leaks: Scores | None = None
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
         classes = self.validation.classes
@@ -402,8 +411,8 @@ def _build_dataclass(kind: Any, plain: Any, where: str, pictures: Mapping[str, b
 
 def _build_scalar(kind: type, plain: object, where: str) -> object:
     if kind is not float:
-        words = {int: "a whole number", str: "text"}
-        fits = isinstance(plain, kind) and not isinstance(plain, bool)
+        words = {int: "a whole number", str: "text", bool: "true or false"}
+        fits = isinstance(plain, kind) and isinstance(plain, bool) is (kind is bool)
         small = not isinstance(plain, int) or abs(plain) < 2**63
         _require(fits and small, where, words[kind], plain)
         return plain

@@ -19,7 +19,7 @@ from kenspeckle.config import (
 )
 from kenspeckle.core import InvalidValueError, nearest
 
-__all__ = ["from_dict", "recipe_hash", "settings", "to_dict", "with_settings"]
+__all__ = ["from_dict", "full_name", "recipe_hash", "settings", "to_dict", "with_settings"]
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -132,6 +132,19 @@ def with_settings(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     return dataclasses.replace(recipe, **top)
 
 
+def full_name(recipe: Recipe, assignment: str) -> str:
+    """Return the dotted name of the setting that ``name=value`` changes, such as ``optimizer.lr``.
+
+    Raises:
+        InvalidValueError: the recipe has no such setting.
+    """
+    name, _ = _pair(assignment)
+    if name in {"model", "optimizer", "loss", "schedule"}:
+        return name
+    section, leaf = _locate(recipe, name)
+    return f"{section}.{leaf}" if section else leaf
+
+
 def _pair(assignment: str) -> tuple[str, str]:
     name, equals, word = assignment.partition("=")
     if not equals or not name.strip():
@@ -153,7 +166,7 @@ def _renamed(recipe: Recipe, key: str, word: str) -> Any:  # noqa: ANN401 - any 
     if key == "schedule":
         return dataclasses.replace(old, name=name)
     if key == "loss":
-        return LossConfig(name=name, class_weights=old.class_weights)
+        return LossConfig(name=name)
     keep = {k: getattr(old, k) for k in OPTIMIZER_OPTIONS[name]}
     return OptimizerConfig(name=name, lr=old.lr, weight_decay=old.weight_decay, **keep)
 

@@ -24,7 +24,7 @@ from kenspeckle.files import write_file
 from kenspeckle.names import SPLITS, Split, listed, to_cell
 from kenspeckle.sources import Dataset, Item
 
-__all__ = ["assign", "place", "with_groups", "write_split"]
+__all__ = ["assign", "place", "units", "with_groups", "write_split"]
 
 Shares = Mapping[Split, float]
 
@@ -63,9 +63,9 @@ def assign(
         raise InvalidValueError(
             f"together must have one number per item, {len(dataset.items):,}; got {together.shape}"
         )
-    units = _units(dataset.items, together)
+    numbers = units(dataset.items, together)
     given = _given(dataset.items)
-    notices = _straddling(dataset.items, units) if given else []
+    notices = _straddling(dataset.items, numbers) if given else []
     if "validation" in given:
         if "test" not in given:
             notices.append("the data bring validation but no test pictures: there will be no test")
@@ -74,7 +74,7 @@ def assign(
     if not given and test > 0:
         shares = {"train": 1 - validation - test, "validation": validation, "test": test}
     free = [i for i, item in enumerate(dataset.items) if item.split in (None, "train")]
-    cut = _cut(dataset.items, free, units, shares, seed)
+    cut = _cut(dataset.items, free, numbers, shares, seed)
     parts = tuple(cut.get(i) or item.split or "train" for i, item in enumerate(dataset.items))
     notices += _thin_classes(dataset, free, parts, shares)
     return parts, tuple(notices)
@@ -94,7 +94,7 @@ def _given(items: Sequence[Item]) -> set[Split]:
     return set() if given == {"train"} else given
 
 
-def _units(items: Sequence[Item], together: NDArray[np.int64] | None) -> list[int]:
+def units(items: Sequence[Item], together: NDArray[np.int64] | None) -> list[int]:
     """Return for each item the smallest index among those that it must stay with.
 
     Source: union-find with path halving (Tarjan and van Leeuwen, JACM 1984).

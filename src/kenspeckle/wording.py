@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kenspeckle.core import Interval, KenError, printable
+from kenspeckle.costs import Costs
 from kenspeckle.modelfile import Manifest
 from kenspeckle.names import to_cell
+from kenspeckle.planpage import time_used
+from kenspeckle.plans import Plan
 from kenspeckle.prediction import Answer, Difference, Model
 from kenspeckle.reports import summary
 from kenspeckle.results import Report, Scores
@@ -39,7 +42,7 @@ def json_rows(model: Model, paths: list[Path], top: int) -> Iterator[Row]:
         if isinstance(answer, KenError):
             entry["error"] = str(answer)
         else:
-            ranking = [{"label": name, "probability": p} for name, p in answer.ranking[:top]]
+            ranking = [{"label": name, "probability": p} for name, p in answer.top(top)]
             entry |= {"label": answer.label, "probability": answer.probability, "top": ranking}
         comma = ",\n " if number else "\n "
         yield comma + json.dumps(entry), answer if isinstance(answer, KenError) else None
@@ -54,7 +57,7 @@ def csv_rows(model: Model, paths: list[Path], top: int) -> Iterator[Row]:
         if isinstance(answer, KenError):
             yield None, answer
             continue
-        cells = [cell for name, p in answer.ranking[:top] for cell in (name, f"{p:.6f}")]
+        cells = [cell for name, p in answer.top(top) for cell in (name, f"{p:.6f}")]
         yield _csv_line([str(path), *cells]), None
 
 
@@ -72,7 +75,7 @@ def text_rows(model: Model, paths: list[Path], top: int) -> Iterator[Row]:
         if isinstance(answer, KenError):
             yield None, answer
             continue
-        ranking = "  ".join(f"{printable(name)} {p:.1%}" for name, p in answer.ranking[:top])
+        ranking = "  ".join(f"{printable(name)} {p:.1%}" for name, p in answer.top(top))
         yield f"{printable(str(path)):<{width}}  {ranking}\n", None
 
 
@@ -106,10 +109,16 @@ def finished_text(finished: "Finished") -> str:
         f"report  {finished.report_path}",
         f"run     {finished.run_folder}  (log, split, recipe, best weights)",
         "",
+        *(_plan_lines(report.plan, report.training.seconds) if report.plan else []),
         "next:",
         *(f"  {command}" for command in report.next_commands),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _plan_lines(plan: Plan, taken: float) -> list[str]:
+    """Return how the time was used, and an empty line."""
+    return [*map(printable, time_used(plan, taken)), printable(plan.ended_because), ""]
 
 
 def scores_text(scores: Scores) -> str:
@@ -132,6 +141,8 @@ def scores_text(scores: Scores) -> str:
             row(f"{name}, weighted", averages.weighted),
         ]
     lines += [row("log loss", scores.log_loss)]
+    if scores.mean_cost:
+        lines += [row("mean cost", scores.mean_cost)]
     majority = f"always '{printable(scores.majority_class)}'"
     lines += [f"{'majority baseline':<26}  {scores.majority_accuracy:7.4f}   {majority}", ""]
     width = max(len(printable(name)) for name in ("class", *scores.classes))
@@ -155,6 +166,7 @@ def info_text(manifest: Manifest, report: Report) -> str:
         "network": f"{manifest.backbone.get('family')}, "
         f"{manifest.backbone.get('num_parameters'):,} parameters",
         "temperature": f"{manifest.temperature:.3f}",
+        "costs": _decision_rule(manifest),
         "unknown": "never answered" if manifest.rejection is None else str(manifest.rejection),
         "recipe": f"{manifest.recipe.get('name')} ({made.get('recipe_hash')})",
         "data": f"{made.get('data')} {made.get('num_pictures')}",
@@ -167,3 +179,13 @@ def info_text(manifest: Manifest, report: Report) -> str:
     }
     table = "".join(f"{name:<12}  {printable(str(value))}\n" for name, value in rows.items())
     return f"{table}\n{summary(report)}\n"
+
+
+def _decision_rule(manifest: Manifest) -> str:
+    if manifest.costs is None:
+        return "every mistake alike"
+    true, answered = Costs(manifest.costs).dearest
+    return (
+        f"least expected cost; dearest: '{manifest.classes[true]}' called "
+        f"'{manifest.classes[answered]}', {manifest.costs[true][answered]:g}"
+    )

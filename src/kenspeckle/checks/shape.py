@@ -100,8 +100,9 @@ def _imbalance(subject: Subject) -> Iterator[Finding]:
             why=f"Always saying '{printable(dataset.classes[large])}' would be right on "
             f"{100 * counts[large] / counts.sum():.3g} %: accuracy hides how the small classes do.",
             remedy="Read the balanced accuracy and the recall of each class; add pictures of the "
-            "small ones, or train with --set class_weights=balanced.",
-            training="weighs every picture alike, and reports the balanced accuracy too.",
+            "small ones, or train with --set imbalance=weights.",
+            training="looks for a remedy by cross-validation where it is planned; a recipe does "
+            "what its imbalance says. The balanced accuracy is reported too.",
             num_pictures=int(counts.sum()),
         )
 

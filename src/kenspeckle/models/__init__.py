@@ -12,6 +12,7 @@ from kenspeckle.models.cnn import Cnn
 from kenspeckle.models.efficientnet_lite import EfficientNetLite
 from kenspeckle.models.resnet import ResNet
 from kenspeckle.models.speed import SpeedNet
+from kenspeckle.models.zoo import ZooNet
 
 __all__ = ["MODELS", "build"]
 
@@ -21,6 +22,7 @@ MODELS: dict[str, Callable[[Any, int, tuple[int, int]], Classifier]] = {
     "resnet": ResNet,
     "speed": SpeedNet,
     "efficientnet-lite": EfficientNetLite,
+    "timm": ZooNet,
 }
 
 

@@ -52,6 +52,12 @@ _STAGES = (
     StageSpec(4, 5, 2, 6, 192),
     StageSpec(1, 3, 1, 6, 320),
 )
+TAIL_STAGE = 4
+"""The first of the stages that make the tail: from a 16th of the picture to a 32nd.
+
+One stage less trains in half the time and is 1.4 points less accurate on flowers, by validation.
+"""
+
 _WIDTH_AND_DEPTH = {0: (1.0, 1.0), 1: (1.0, 1.1), 2: (1.1, 1.2)}  # factors, by variant
 
 
@@ -65,6 +71,7 @@ class EfficientNetLite(Classifier):
     """
 
     linear_on_average = True
+    has_tail = True
 
     def __init__(
         self, config: EfficientNetLiteConfig, num_classes: int, size: tuple[int, int]
@@ -73,6 +80,7 @@ class EfficientNetLite(Classifier):
         stages = _scaled(*_WIDTH_AND_DEPTH[config.variant])
         self.stem = _unit(SameConv2d(3, STEM_CHANNELS, kernel_size=3, stride=2))
         self.blocks = nn.Sequential()
+        self.num_before_tail = sum(stage.num_blocks for stage in stages[:TAIL_STAGE])
         widths = (STEM_CHANNELS, *(stage.channels for stage in stages))
         for stage, (in_channels, out_channels) in zip(
             stages, itertools.pairwise(widths), strict=True
@@ -86,8 +94,28 @@ class EfficientNetLite(Classifier):
 
     def features(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c y x"]:
         """Return the map after the head, a 32nd as large each way, rounded up."""
-        features: Tensor = self.head(self.blocks(self.stem(images)))
-        return features
+        return self.tail(self.middle(images))
+
+    def middle(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c y x"]:
+        """Return the map before the last three stages, a 16th as large each way, rounded up."""
+        middle: Tensor = self.stem(images)
+        for block in list(self.blocks)[: self.num_before_tail]:
+            middle = block(middle)
+        return middle
+
+    def tail(self, middle: Float[Tensor, "n c y x"]) -> Float[Tensor, "n d v u"]:
+        """Return the map after the head from the one before the last three stages."""
+        for module in self.tail_modules():
+            middle = module(middle)
+        return middle
+
+    def tail_modules(self) -> list[nn.Module]:
+        """Return the blocks of the last three stages, and the head."""
+        return [*list(self.blocks)[self.num_before_tail :], self.head]
+
+    def stages(self) -> list[nn.Module]:
+        """Return the stem, each block, the head and the classes."""
+        return [self.stem, *self.blocks, self.head, self.classes]
 
     def embed(self, features: Float[Tensor, "n c y x"]) -> Float[Tensor, "n c"]:
         """Return the average of the map over its pixels."""

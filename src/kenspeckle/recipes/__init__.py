@@ -5,16 +5,14 @@ To add one, write a module with a `RECIPE` and name it in `RECIPES`.
 
 from kenspeckle.config import Recipe
 from kenspeckle.core import InvalidValueError, nearest
-from kenspeckle.recipes import seed_cnn, small_cnn, speed
+from kenspeckle.recipes import fine_tune, linear_probe, seed_cnn, small_cnn, speed, tail
 
-__all__ = ["DEFAULT", "RECIPES", "named"]
+__all__ = ["RECIPES", "named"]
 
 RECIPES: dict[str, Recipe] = {
-    module.RECIPE.name: module.RECIPE for module in (seed_cnn, small_cnn, speed)
+    module.RECIPE.name: module.RECIPE
+    for module in (seed_cnn, small_cnn, speed, linear_probe, tail, fine_tune)
 }
-
-DEFAULT = small_cnn.RECIPE
-"""What runs when no recipe is named."""
 
 
 def named(name: str) -> Recipe:

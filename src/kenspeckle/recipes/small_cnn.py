@@ -1,4 +1,4 @@
-"""A small network with batch normalisation for a laptop: the default when no recipe is named.
+"""A small network with batch normalisation for a laptop, trained from nothing.
 
 Command: ken train DATA --recipe small-cnn
 """
