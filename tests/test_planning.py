@@ -142,7 +142,7 @@ def test_the_seconds_of_a_tail_grow_with_its_epochs():
 def test_speeds_are_measured_and_scale_with_the_pixels():
     network = build(CnnConfig(channels=(4,)), 3, (16, 16), torch.Generator())
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    found = measure_speeds(network, 16, CPU)
+    found = measure_speeds(network, 16, CPU, choose_threads=True)
     assert found.forward > 0
     assert found.training > 0
     assert found.forward_at(32) == pytest.approx(4 * found.forward)

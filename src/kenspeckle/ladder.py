@@ -17,7 +17,7 @@ import torch
 
 from kenspeckle.backbones import Backbone
 from kenspeckle.checks.copies import leaked
-from kenspeckle.core import InvalidValueError, Stage, staged
+from kenspeckle.core import DataError, InvalidValueError, Stage, staged
 from kenspeckle.features import default_size, features_of, has_template, template_of
 from kenspeckle.health import Examination, Examined
 from kenspeckle.pixels import StreamedPixels, open_pixels
@@ -26,7 +26,6 @@ from kenspeckle.planning import (
     Job,
     Route,
     Speeds,
-    choose_threads,
     duration_words,
     first_seconds,
     measure_speeds,
@@ -37,7 +36,14 @@ from kenspeckle.preparation import Prepared, prepare_data
 from kenspeckle.probe import IMBALANCED, probe_logits
 from kenspeckle.recipes import linear_probe
 from kenspeckle.rungs import Budget, Climb, Notice, Progress, Stopped, Wish
-from kenspeckle.steps import HEAD, better_geometry, choose_mirrors, deeper, scratch
+from kenspeckle.steps import (
+    HEAD,
+    another_size,
+    better_geometry,
+    choose_mirrors,
+    deeper,
+    scratch,
+)
 from kenspeckle.transfer import Frozen, Means, Trained, freeze
 
 __all__ = ["Climbed", "climb"]
@@ -47,9 +53,10 @@ MOST_LABELS_ASKED = 10_000  # pictures whose labels are looked at without being 
 SECONDS_PER_LABEL = 2e-3
 LABELS_SHARE = 0.06  # of the time that is left
 TINY_SIDE, MANY_PICTURES = 64, 5_000  # training from nothing pays below, and above
+HEAD_SHARE = 0.3  # of the time, that the first model may take for the sake of larger pictures
 LATE_SHARE = 0.3  # of the time: a head that is later is left out where it is the lesser way
 SECONDS_WORTH_BELIEVING = 0.5  # for features that were computed and not found in the cache
-MEASURED_SIDE = 128  # of the pictures on which the machine is measured, in pixels
+MEASURED_SIDE = 96  # of the pictures on which the machine is measured, in pixels
 NUM_READ = 16  # pictures whose decoding is timed
 
 
@@ -132,20 +139,48 @@ def _from_backbone(state: Climb, backbone: Backbone) -> Progress[None]:
         return
     if state.recipe.pixels.size is not None:
         route = replace(route, side=round(math.sqrt(math.prod(state.recipe.pixels.size))))
-    state.promise = _promise(job, route, tiny)
+    side = _head_side(state, job, speeds, route)
+    first = max(route.first, first_seconds(job, speeds, side))
+    state.promise = _promise(job, replace(route, side=side, first=first), tiny)
     yield from map(Notice, state.promise)
-    prepared, frozen = yield from _first_model(state, backbone, route)
+    prepared, frozen = yield from _first_model(state, backbone, side, first)
     if state.forward_seconds is not None:
-        training = speeds.training_at(route.side)
-        speeds = Speeds(route.side, state.forward_seconds, training)
-    if not _headroom(state, prepared, frozen):
-        return
+        speeds = Speeds(side, state.forward_seconds, speeds.training_at(side))
+    if _headroom(state, prepared, frozen):
+        yield from _above_the_head(state, (prepared, frozen), (job, speeds), route, tiny)
+
+
+def _above_the_head(
+    state: Climb,
+    found: tuple[Prepared, Frozen],
+    costs: tuple[Job, Speeds],
+    route: Route,
+    tiny: bool,
+) -> Progress[None]:
+    """Train more than a head."""
+    prepared, frozen = found
     if tiny:
         mirrors = yield from choose_mirrors(state, prepared, frozen)
         yield from scratch(state, prepared, mirrors, frozen.probe.imbalance)
         return
-    prepared, frozen = yield from better_geometry(state, prepared, frozen, job, speeds)
-    yield from deeper(state, prepared, frozen, job, speeds)
+    if prepared.geometry.size == (route.side, route.side) or "pixels.size" in state.wish.pinned:
+        here = prepared, frozen
+    else:
+        here = yield from another_size(state, prepared, frozen, route.side)
+    prepared, frozen = yield from better_geometry(state, *here, *costs)
+    yield from deeper(state, prepared, frozen, *costs)
+
+
+def _head_side(state: Climb, job: Job, speeds: Speeds, route: Route) -> int:
+    """Return the largest size at which a head comes early enough; what follows takes the route's.
+
+    A head costs little, and is all that there is where it makes hardly a mistake.
+    """
+    if "pixels.size" in state.wish.pinned:
+        return route.side
+    most = HEAD_SHARE * state.budget.left
+    early = [side for side in SIDES if first_seconds(job, speeds, side) <= most]
+    return max([route.side, *(side for side in early if side <= job.side)])
 
 
 def _speeds(state: Climb, backbone: Backbone) -> tuple[Speeds, bool]:
@@ -153,9 +188,7 @@ def _speeds(state: Climb, backbone: Backbone) -> tuple[Speeds, bool]:
     means, side = state.means, MEASURED_SIDE
     num_classes = len(state.examination.sound.classes)
     network = backbone.network(num_classes, (side, side), torch.Generator()).to(means.device)
-    if not means.num_threads:
-        choose_threads(network, side, means.device)
-    speeds = measure_speeds(network, side, means.device)
+    speeds = measure_speeds(network, side, means.device, choose_threads=not means.num_threads)
     if means.stop.is_set():
         raise Stopped
     return speeds, network.has_tail
@@ -173,13 +206,13 @@ def _too_short(
 
 
 def _first_model(
-    state: Climb, backbone: Backbone, route: Route
+    state: Climb, backbone: Backbone, side: int, planned: float
 ) -> Progress[tuple[Prepared, Frozen]]:
     """Fit a head to the frozen features, save the model, and look at the labels."""
-    prepared, frozen = yield from state.stoppable(_first(state, backbone, route.side))
+    prepared, frozen = yield from state.stoppable(_first(state, backbone, side))
     recipe = state.recipe_from(linear_probe.RECIPE, prepared, frozen)
     started = time.perf_counter()
-    trained = yield from state.step(HEAD, prepared, recipe, frozen=frozen, planned=route.first)
+    trained = yield from state.step(HEAD, prepared, recipe, frozen=frozen, planned=planned)
     state.choices += frozen.probe.choices
     if trained is not None:
         state.save(trained, state.plan())
@@ -192,6 +225,8 @@ def _first_model(
 
 def _job(state: Climb, backbone: Backbone) -> Job:
     """Return how much there is to do, before the pictures are split."""
+    if not len(state.examination.sound.items):
+        raise DataError(f"{state.examination.sound.location}: no picture can be decoded")
     dataset, traits = state.examination.sound, state.examination.known.traits
     given = [item.split for item in dataset.items]
     shares, total = state.recipe.split, len(given)

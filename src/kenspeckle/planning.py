@@ -6,8 +6,10 @@ Nothing here trains. The ladder asks again after each step, with what that step 
 """
 
 import math
+import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +34,6 @@ __all__ = [
     "Planned",
     "Route",
     "Speeds",
-    "choose_threads",
     "duration_words",
     "final_seconds",
     "first_seconds",
@@ -63,6 +64,9 @@ TEMPLATE_SECONDS = 5.0  # to export a backbone once
 SAVE_SECONDS = 3.0  # to write a model and its report, without the answers it is judged on
 LEAST_HEAD_SECONDS = 0.5
 LABEL_SECONDS = 2e-4  # a picture, to compare it with the others and to split
+
+CONTENDED = 1.5  # times that half of the threads must be faster before they are taken
+MEASURED_BATCH = 16  # pictures in a step that is timed
 
 FEW_EPOCHS, GOOD_EPOCHS, MOST_EPOCHS = 3, 8, 30
 TAIL_EPOCHS = 8
@@ -215,62 +219,75 @@ def training_seconds(
         batch_size: pictures in a step.
         device: where to compute.
     """
+    step = _training_step(network, size, batch_size, device)
+    seconds = min(step() for _ in range(3))
+    network.zero_grad(set_to_none=True)
+    return seconds / batch_size
+
+
+def _training_step(
+    network: Classifier, size: tuple[int, int], batch_size: int, device: torch.device
+) -> Callable[[], float]:
+    """Return what trains on a made-up batch, but moves no weight, and tells its seconds."""
     images = torch.zeros(batch_size, 3, *size, device=device)
     images = images.to(memory_format=torch.channels_last)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    network.train()
-    times = []
-    for _ in range(3):
+
+    def step() -> float:
+        network.train()
         started = time.perf_counter()
         F.cross_entropy(network(images), labels).backward()
         _wait(device)
-        times.append(time.perf_counter() - started)
-    network.zero_grad(set_to_none=True)
-    return min(times) / batch_size
+        return time.perf_counter() - started
+
+    return step
 
 
-def choose_threads(network: Classifier, side: int, device: torch.device) -> int:
-    """Let torch use all threads or, where that is faster, half as many; return how many.
+def measure_speeds(
+    network: Classifier, side: int, device: torch.device, *, choose_threads: bool
+) -> Speeds:
+    """Return how fast a network runs here; takes less than a second.
 
     On a machine that others use too, a thread that waits for its core holds up all others at every
     layer: on two busy cores one thread was up to ten times as fast as two.
 
     Args:
-        network: on the device.
-        side: of the square pictures in pixels.
-        device: where it is trained.
-    """
-    most = torch.get_num_threads()
-    if device.type != "cpu" or most == 1:
-        return most
-    seconds = {}
-    for num_threads in (most, most // 2):
-        torch.set_num_threads(num_threads)
-        seconds[num_threads] = training_seconds(network, (side, side), 8, device)
-    best = min(seconds, key=lambda number: seconds[number])
-    torch.set_num_threads(best)
-    return best
-
-
-def measure_speeds(network: Classifier, side: int, device: torch.device) -> Speeds:
-    """Return how fast a network runs here; takes about a second.
-
-    Args:
         network: on the device; left in evaluation mode.
         side: of the square pictures in pixels.
         device: where it is trained. Features are computed on the CPU.
+        choose_threads: let torch use half as many threads from now on, where that is far faster.
     """
-    training = training_seconds(network, (side, side), 8, device)
+    step = _training_step(network, (side, side), MEASURED_BATCH, device)
+    step()  # the first one prepares what all later ones use
+    most = torch.get_num_threads()
+    counts = [most]
+    if choose_threads and device.type == "cpu" and most > 1 and _is_busy():
+        counts.append(most // 2)
+    seconds = {}
+    for num_threads in counts:
+        torch.set_num_threads(num_threads)
+        seconds[num_threads] = min(step() for _ in range(2))
+    best = counts[-1] if seconds[counts[-1]] * CONTENDED < seconds[most] else most
+    torch.set_num_threads(best)
+    network.zero_grad(set_to_none=True)
     network.eval().to("cpu")
-    images = torch.zeros(4, 3, side, side).to(memory_format=torch.channels_last)
+    images = torch.zeros(MEASURED_BATCH, 3, side, side).to(memory_format=torch.channels_last)
     times = []
     with torch.no_grad():
-        for _ in range(3):
+        for _ in range(2):
             started = time.perf_counter()
             network(images)
             times.append(time.perf_counter() - started)
     network.to(device)
-    return Speeds(side, RUNTIME_SHARE * min(times) / len(images), training)
+    forward = RUNTIME_SHARE * min(times) / MEASURED_BATCH
+    return Speeds(side, forward, seconds[best] / MEASURED_BATCH)
+
+
+def _is_busy() -> bool:
+    """Return whether others seem to use half of this machine; where that is unknown, it is."""
+    if not hasattr(os, "getloadavg"):
+        return True
+    return os.getloadavg()[0] > (os.cpu_count() or 1) / 2
 
 
 def _wait(device: torch.device) -> None:

@@ -42,8 +42,8 @@ __all__ = ["Origin", "ship"]
 THUMBNAIL_SIDE = 96
 NUM_MISTAKES = 24
 NUM_PARITY = 256  # validation pictures on which graph and network must agree, if they are small
-PARITY_PIXELS = NUM_PARITY * 64 * 64  # of large ones fewer: torch takes its time
-LEAST_PARITY = 32
+PARITY_PIXELS = NUM_PARITY * 40 * 40  # of large ones fewer: torch takes its time
+LEAST_PARITY = 16
 NUM_TIMED = 15
 
 

@@ -45,6 +45,7 @@ __all__ = [
     "HEAD",
     "NOTHING",
     "TAIL",
+    "another_size",
     "better_geometry",
     "choose_mirrors",
     "deeper",
@@ -90,17 +91,33 @@ def better_geometry(
     state.choices.append(choice)
     if chosen == prepared.geometry:
         return prepared, frozen
-    means, backbone = state.means, frozen.backbone
     started = time.perf_counter()
-    other = yield from state.stoppable(
-        at_geometry(prepared, chosen, backbone.normalisation, means.limits, means.cache)
-    )
-    known = yield from state.stoppable(
-        freeze(other, backbone, means, imbalance=frozen.probe.imbalance, seed=state.recipe.seed)
-    )
+    other, known = yield from _frozen_at(state, prepared, frozen, chosen)
     recipe = state.recipe_from(linear_probe.RECIPE, other, known)
     planned = job.num_pictures * (job.reading + speeds.forward_at(chosen.size[0]))
     yield from state.step(HEAD, other, recipe, frozen=known, planned=planned, started=started)
+    return other, known
+
+
+def another_size(
+    state: Climb, prepared: Prepared, frozen: Frozen, side: int
+) -> Progress[tuple[Prepared, Frozen]]:
+    """Return the pictures at another size, and what is known of them there."""
+    geometry = replace(prepared.geometry, size=(side, side))
+    return (yield from _frozen_at(state, prepared, frozen, geometry))
+
+
+def _frozen_at(
+    state: Climb, prepared: Prepared, frozen: Frozen, geometry: Geometry
+) -> Progress[tuple[Prepared, Frozen]]:
+    means, backbone = state.means, frozen.backbone
+    other = yield from state.stoppable(
+        at_geometry(prepared, geometry, backbone.normalisation, means.limits, means.cache)
+    )
+    imbalance = frozen.probe.imbalance
+    known = yield from state.stoppable(
+        freeze(other, backbone, means, imbalance=imbalance, seed=state.recipe.seed)
+    )
     return other, known
 
 
