@@ -138,9 +138,68 @@ def to_onnx(module: Deployed | Trunk, geometry: Geometry) -> bytes:
         del node.metadata_props[:]
         node.doc_string = ""
     del graph.graph.value_info[:]
+    _simplify_(graph.graph)
     buffer = io.BytesIO()
     onnx.save_model(graph, buffer)
-    return buffer.getvalue()
+    return cut(buffer.getvalue(), module.output_names)
+
+
+def _simplify_(graph: Any) -> None:  # noqa: ANN401 - a protobuf message
+    """Say with allowed operators what two refused ones do in networks with a class token.
+
+    `Expand` can ask for any memory, and so can `Gather`: `graphs` refuses both.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        rewrite = {"Expand": _added_to_zeros, "Gather": _sliced}.get(node.op_type)
+        nodes += (rewrite(node, constants, graph) if rewrite else None) or [node]
+    _keep_(graph.node, nodes)
+
+
+def _added_to_zeros(node: Any, constants: Mapping[str, Any], graph: Any) -> list[Any]:  # noqa: ANN401
+    """Repeat a constant for each picture of the batch: a zero from each picture is added to it."""
+    from onnx import TensorProto, helper
+
+    constant = constants.get(node.input[0])
+    if constant is None or constant.dims[:1] != [1]:
+        return []
+    name = f"{node.output[0]}.zeros"
+    pixels = _constant_(graph, f"{name}.pixels", np.array([1, 2, 3]))
+    others = _constant_(graph, f"{name}.others", np.arange(1, len(constant.dims)))
+    factor = _constant_(graph, f"{name}.factor", np.zeros((), np.float32))
+    return [
+        helper.make_node("Cast", ["images"], [f"{name}.levels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", [f"{name}.levels", pixels], [f"{name}.mean"], keepdims=0),
+        helper.make_node("Mul", [f"{name}.mean", factor], [f"{name}.flat"]),
+        helper.make_node("Unsqueeze", [f"{name}.flat", others], [name]),
+        helper.make_node("Add", [node.input[0], name], list(node.output)),
+    ]
+
+
+def _sliced(node: Any, constants: Mapping[str, Any], graph: Any) -> list[Any]:  # noqa: ANN401
+    """Take one entry along an axis, such as the class token, as a slice of length one."""
+    from onnx import helper, numpy_helper
+
+    index = constants.get(node.input[1])
+    if index is None or len(index.dims):
+        return []
+    start, name = int(numpy_helper.to_array(index)), f"{node.output[0]}.slice"
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+    starts = _constant_(graph, f"{name}.start", np.array([start]))
+    ends = _constant_(graph, f"{name}.end", np.array([start + 1 or np.iinfo(np.int64).max]))
+    axes = _constant_(graph, f"{name}.axis", np.array([axis]))
+    return [
+        helper.make_node("Slice", [node.input[0], starts, ends, axes], [name]),
+        helper.make_node("Squeeze", [name, axes], list(node.output)),
+    ]
+
+
+def _constant_(graph: Any, name: str, values: NDArray[Any]) -> str:  # noqa: ANN401
+    from onnx import numpy_helper
+
+    graph.initializer.append(numpy_helper.from_array(values, name))
+    return name
 
 
 @contextlib.contextmanager

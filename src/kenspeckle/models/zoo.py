@@ -24,10 +24,7 @@ TOLERANCE = 1e-6
 
 TimmNetwork = Any  # a module with the methods of timm's networks, which have no type of their own
 
-REMEDY = (
-    "take one such as resnet50, convnext_tiny, or vit_medium_patch16_gap_256, whose only tokens "
-    "are the picture's patches"
-)
+REMEDY = "take one such as resnet50, convnext_tiny, or vit_tiny_patch16_224"
 
 
 @dataclass(frozen=True)
@@ -35,23 +32,24 @@ class Layout:
     """How a network of timm lays out its last map.
 
     Attributes:
-        kind: axes ``(n, c, y, x)``, ``(n, y, x, c)`` or ``(n, patch, c)``.
-        grid: rows and columns of the map.
+        kind: axes ``(n, c, y, x)``, ``(n, y, x, c)`` or ``(n, token, c)``.
+        grid: rows and columns of the map; where there are tokens that are no patch of the picture,
+            such as a class token, all tokens stand in one row.
     """
 
-    kind: Literal["channels first", "channels last", "patches"]
+    kind: Literal["channels first", "channels last", "tokens"]
     grid: tuple[int, int]
 
     def to_map(self, found: Float[Tensor, "n ..."]) -> Float[Tensor, "n c y x"]:
         """Return the map of what timm gives."""
-        if self.kind == "patches":
-            patches: Tensor = found.transpose(1, 2).unflatten(2, self.grid)
-            return patches
+        if self.kind == "tokens":
+            tokens: Tensor = found.transpose(1, 2).unflatten(2, self.grid)
+            return tokens
         return found.permute(0, 3, 1, 2) if self.kind == "channels last" else found
 
     def from_map(self, features: Float[Tensor, "n c y x"]) -> Float[Tensor, "n ..."]:
         """Return a map as timm takes it."""
-        if self.kind == "patches":
+        if self.kind == "tokens":
             return features.flatten(2).transpose(1, 2)
         if self.kind == "channels last":
             return features.permute(0, 2, 3, 1)
@@ -234,11 +232,11 @@ def _layout(network: TimmNetwork, name: str, size: tuple[int, int]) -> Layout:
             return Layout("channels last", (shape[1], shape[2]))
         return Layout("channels first", (shape[2], shape[3]))
     grid = getattr(getattr(network, "patch_embed", None), "grid_size", (0, 0))
-    if len(shape) == 3 and shape[1] == grid[0] * grid[1]:
-        return Layout("patches", grid)
+    if len(shape) == 3 and shape[2] == network.num_features:
+        return Layout("tokens", grid if shape[1] == grid[0] * grid[1] else (1, shape[1]))
     raise InvalidValueError(
-        "network must be one of timm whose last map is its patches alone; that of "
-        f"{name!r} holds something else, such as a class token; {REMEDY}"
+        f"network must be one of timm whose last map is one of pixels or tokens; that of {name!r} "
+        f"is not: {shape}; {REMEDY}"
     )
 
 
