@@ -441,3 +441,41 @@ def test_the_shipped_graph_is_the_shipped_weights(trained):
     deployed = Deployed(network, manifest.normalisation, manifest.temperature)
     pictures = some_pictures(50, manifest.geometry.size)
     assert check_parity(deployed, Model(file, num_threads=1), pictures) < 1e-5
+
+
+class TokenNet(Classifier):
+    """Tokens of four patches and one of the class, which is the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.patches = nn.Conv2d(3, 6, 4, stride=4)
+        self.token = nn.Parameter(torch.randn(1, 1, 6, generator=generator))
+        self.mixer = nn.Linear(6, 6)
+        self.classes = nn.Linear(6, 3)
+
+    def features(self, images):
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(tokens), -1, -1), tokens], 1)
+        tokens = tokens + self.mixer(tokens).softmax(1).mean(1, keepdim=True)
+        return tokens.transpose(1, 2)[:, :, None]
+
+    def embed(self, features):
+        return features.flatten(2).transpose(1, 2)[:, 0]
+
+    def classify(self, embedding):
+        return self.classes(embedding)
+
+
+def test_a_class_token_is_written_with_allowed_operators():
+    network = TokenNet()
+    deployed = Deployed(network, Normalisation(), 1.0).eval()
+    graph = to_onnx(deployed, Geometry((8, 8)))
+    check_graph(graph)
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    for num_images in (1, 5):
+        images = np.random.default_rng(1).integers(0, 256, (num_images, 8, 8, 3), np.uint8)
+        with torch.no_grad():
+            wanted = deployed(torch.from_numpy(images))
+        for found, tensor in zip(session.run(None, {"images": images}), wanted, strict=True):
+            np.testing.assert_allclose(found, tensor, atol=1e-5)
