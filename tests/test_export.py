@@ -456,7 +456,7 @@ class TokenNet(Classifier):
 
     def features(self, images):
         tokens = self.patches(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.token.expand(len(tokens), -1, -1), tokens], 1)
+        tokens = torch.cat([self.token.expand(tokens.shape[0], -1, -1), tokens], 1)
         tokens = tokens + self.mixer(tokens).softmax(1).mean(1, keepdim=True)
         return tokens.transpose(1, 2)[:, :, None]
 
