@@ -439,6 +439,15 @@ def test_a_gap_is_one_of_accuracy_when_steps_are_scored_by_another_measure(repor
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_answers_that_costs_decided_tell_no_gap(report):
+    balanced = planned(without_epochs(report), metric="balanced accuracy", attempts=(HEAD,))
+    costly = dataclasses.replace(report.validation, mean_cost=report.validation.accuracy)
+    decided = dataclasses.replace(balanced, validation=costly)
+    assert "Right on 81.0 % of the training pictures" in overfitting(balanced)
+    assert "was not measured" in overfitting(decided)
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_where_training_accuracy_was_not_measured_overfitting_is_not_known(report):
     assert "Not known." in overfitting(report)
     assert "was not measured" in overfitting(without_epochs(report))

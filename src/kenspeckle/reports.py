@@ -246,8 +246,11 @@ def _gap(report: Report) -> _Gap | None:
         return _Gap(best.train_accuracy, best.validation_accuracy, chance, during=True)
     if kept is None or kept.score is None or kept.train_score is None:
         return None
-    # Balanced accuracy does not compare with accuracy on the training pictures.
+    # Balanced accuracy does not compare with accuracy on the training pictures, nor does that of
+    # answers that costs decided.
     by_accuracy = report.plan and report.plan.metric == "accuracy"
+    if not by_accuracy and report.validation.mean_cost is not None:
+        return None
     validation = kept.score if by_accuracy else accuracy.value
     return _Gap(kept.train_score, validation, chance, during=kept.num_epochs > 0)
 
