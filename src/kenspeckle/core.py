@@ -14,7 +14,7 @@ Nothing here imports more than numpy: the answering side starts without torch.
 """
 
 import difflib
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
@@ -39,10 +39,13 @@ __all__ = [
     "WriteError",
     "nearest",
     "printable",
+    "relayed",
     "staged",
 ]
 
 Result = TypeVar("Result")
+Event = TypeVar("Event")
+Changed = TypeVar("Changed")
 
 NUM_SHOWN = 20  # known words, when none is near
 
@@ -184,17 +187,27 @@ class Stage:
     detail: str = ""
 
 
+def relayed(
+    work: Generator[Event, None, Result], change: Callable[[Event], Changed]
+) -> Generator[Changed, None, Result]:
+    """Yield what `change` makes of each event of some work; return the work's result.
+
+    What `change` raises ends the work.
+    """
+    while True:
+        try:
+            event = next(work)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        yield change(event)
+
+
 def staged(
     name: str, work: Generator[tuple[int, int], None, Result]
 ) -> Generator[Stage, None, Result]:
     """Yield the progress of some work, units done and in all, under a name; return its result."""
-    while True:
-        try:
-            done, total = next(work)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-        yield Stage(name, done, total)
+    return relayed(work, lambda progress: Stage(name, *progress))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

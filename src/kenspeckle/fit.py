@@ -23,7 +23,7 @@ from kenspeckle.backbones import Backbone, open_backbone
 from kenspeckle.checkfiles import write_health, write_skipped
 from kenspeckle.checks.copies import leaked
 from kenspeckle.config import EfficientNetLiteConfig, Recipe
-from kenspeckle.core import InvalidValueError, MissingExtraError, Stage
+from kenspeckle.core import InvalidValueError, MissingExtraError, Stage, relayed
 from kenspeckle.costs import Costs, read_costs
 from kenspeckle.export import to_safetensors
 from kenspeckle.files import file_stem, new_run_folder, write_file
@@ -405,15 +405,13 @@ def _until_stopped(
     work: Generator[Stage, None, Result], stop: threading.Event
 ) -> Generator[Stage, None, Result]:
     """Pass on some work that comes before any training; a stop ends the run."""
-    while True:
-        try:
-            event = next(work)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
+
+    def unless_stopped(event: Stage) -> Stage:
         if stop.is_set():
             raise KeyboardInterrupt
-        yield event
+        return event
+
+    return relayed(work, unless_stopped)
 
 
 def _sentences(examined: Examined) -> tuple[str, ...]:
@@ -471,13 +469,11 @@ def _summary(prepared: Prepared, recipe: Recipe, run: _Run) -> str:
 def _logged(work: Progress[Result], path: Path) -> Progress[Result]:
     """Pass the events on, and keep one JSON line per epoch."""
     lines: list[str] = []
-    while True:
-        try:
-            event = next(work)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
+
+    def note(event: ClimbEvent) -> ClimbEvent:
         if isinstance(event, EpochDone):
             lines.append(json.dumps(vars(event.epoch)))
             write_file(path, "".join(f"{line}\n" for line in lines).encode())
-        yield event
+        return event
+
+    return relayed(work, note)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from kenspeckle.backbones import Backbone
 from kenspeckle.config import Recipe
-from kenspeckle.core import Stage, TrainingError
+from kenspeckle.core import Stage, TrainingError, relayed
 from kenspeckle.health import Examination, Examined
 from kenspeckle.learning import EpochDone
 from kenspeckle.metrics import accuracy, score_of
@@ -147,15 +147,14 @@ class Climb:
         Raises:
             Stopped: the user stopped the run.
         """
-        while True:
-            try:
-                event = next(work)
-            except StopIteration as end:
-                result: Result = end.value
-                return result
-            if self.means.stop.is_set() and isinstance(event, Stage) and event.name != "training":
+
+        def unless_stopped(event: Event) -> Event:
+            between = isinstance(event, Stage) and event.name != "training"
+            if self.means.stop.is_set() and between:
                 raise Stopped
-            yield event
+            return event
+
+        return relayed(work, unless_stopped)
 
     def step(
         self,
@@ -178,8 +177,10 @@ class Climb:
         """
         started = started or time.perf_counter()
         backbone = None if frozen is None else frozen.backbone
+        # What a step keeps is not the best of the run before it has ended.
+        means = replace(self.means, keep=lambda _: None)
         training = train_recipe(
-            prepared, recipe, self.means, backbone=backbone, frozen=frozen, deadline=deadline
+            prepared, recipe, means, backbone=backbone, frozen=frozen, deadline=deadline
         )
         try:
             trained = yield from self.stoppable(training)
@@ -213,6 +214,7 @@ class Climb:
         yield Notice(_outcome(self.attempts[-1], metric_of(task)))
         if better:
             self.best, self.best_score = trained, score
+            self.means.keep(trained.network.state_dict())
         return trained
 
     def left_out(self, name: str, why: str, needed: float | None = None) -> None:
