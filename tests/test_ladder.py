@@ -16,7 +16,7 @@ from kenspeckle.pixels import Cache
 from kenspeckle.planning import planned
 from kenspeckle.prediction import load, verify
 from kenspeckle.sources import open_dataset
-from tests.conftest import make_folder, png
+from tests.conftest import CLASSES, make_folder, picture, png
 
 SIZE = "size=32"
 
@@ -175,3 +175,41 @@ def test_a_stop_in_training_keeps_the_best_so_far(tmp_path):
     assert finished.interrupted
     assert time.perf_counter() - started < 60
     assert all(difference.agrees for difference in verify(finished.model_path))
+
+
+def test_two_pictures_a_class_give_a_model_with_its_doubts(tmp_path):
+    finished, _ = climbed(
+        make_folder(tmp_path / "few", 2), tmp_path / "m.ken", planned([SIZE], time="10m")
+    )
+    report = finished.report
+    assert report.test is None
+    assert report.validation.num_items == 3
+    assert all(difference.agrees for difference in verify(finished.model_path))
+    assert any("fewer than 20 pictures" in finding for finding in report.data.findings)
+
+
+def test_one_class_with_98_percent_is_judged_by_the_balanced_accuracy(tmp_path):
+    folder = make_folder(tmp_path / "uneven", 6)
+    for index in range(580):
+        pixels = picture(CLASSES["blue"], 5000 + index)
+        (folder / "blue" / f"more-{index}.png").write_bytes(png(pixels))
+    finished, _ = climbed(folder, tmp_path / "m.ken", planned([SIZE], time="10m"))
+    plan = finished.report.plan
+    assert plan.metric == "balanced accuracy"
+    (choice,) = (choice for choice in plan.choices if choice.what == "imbalance")
+    assert {option.name for option in choice.options} == {"none", "weights", "prior"}
+    assert finished.report.test.balanced_accuracy.value > 0.9  # always blue has a third
+    assert any("Classes are uneven" in finding for finding in finished.report.data.findings)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_thousand_classes_end_in_time(tmp_path):
+    chance = np.random.default_rng(0)
+    colours = {f"c{i:04d}": tuple(map(int, chance.integers(0, 256, 3))) for i in range(1000)}
+    folder = make_folder(tmp_path / "many", 3, colours)
+    started = time.perf_counter()
+    finished, _ = climbed(folder, tmp_path / "m.ken", planned([SIZE], time="2m"))
+    assert time.perf_counter() - started < 132
+    assert len(load(finished.model_path).classes) == 1000
+    assert finished.report.test.accuracy.value > 0.01  # chance is a thousandth
