@@ -209,11 +209,14 @@ def _first_model(
     state: Climb, backbone: Backbone, side: int, planned: float
 ) -> Progress[tuple[Prepared, Frozen]]:
     """Fit a head to the frozen features, save the model, and look at the labels."""
+    began = time.perf_counter()
     prepared, frozen = yield from state.stoppable(_first(state, backbone, side))
     recipe = state.recipe_from(linear_probe.RECIPE, prepared, frozen)
-    started = time.perf_counter()
-    trained = yield from state.step(HEAD, prepared, recipe, frozen=frozen, planned=planned)
+    trained = yield from state.step(
+        HEAD, prepared, recipe, frozen=frozen, planned=planned, started=began
+    )
     state.choices += frozen.probe.choices
+    started = time.perf_counter()
     if trained is not None:
         state.save(trained, state.plan())
     state.save_seconds = time.perf_counter() - started

@@ -138,7 +138,7 @@ class Climb:
             choices=tuple(self.choices),
             attempts=tuple(self.attempts),
             regularisation=tuple(self.regularisation),
-            ended_because=self.ended_because,
+            ended_because=f"{self.ended_because[:1].upper()}{self.ended_because[1:]}.",
         )
 
     def stoppable(self, work: Progress[Result]) -> Progress[Result]:

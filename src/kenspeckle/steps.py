@@ -62,6 +62,14 @@ FEW_SCRATCH_EPOCHS, GOOD_SCRATCH_EPOCHS, MOST_SCRATCH_EPOCHS = 3, 10, 40
 WIDTHS = ((64, 256, 256), (64, 128, 128), (32, 128, 128))
 SMALLEST_SPEED_SIDE = 16
 SECONDS_PER_ANSWER = 5e-4  # of a small network, with the bootstrap of its scores
+# Why nothing else was tried: where the plan was free to, and where the user fixed it.
+UNTRIED = {
+    "pixels.size": (
+        "a larger size leaves no time for the steps that follow, or is of no use",
+        "the size is fixed by --size",
+    ),
+    "pixels.fit": ("the pictures are nearly square", "the fit is fixed by --set fit"),
+}
 SPARE_EPOCHS = 1.3  # more are planned than fit: the clock shortens the schedule, never the run
 
 
@@ -72,9 +80,8 @@ def better_geometry(
     candidates = _candidates(state, prepared, job, speeds)
     if not candidates:
         only = Option(geometry_words(prepared.geometry), frozen.probe.score, True)
-        why = (
-            "fixed, or the largest at which there is time for the steps that follow; square enough"
-        )
+        words = [UNTRIED[name][name in state.wish.pinned] for name in ("pixels.size", "pixels.fit")]
+        why = "; ".join(words)
         state.choices.append(Choice("size and fit", (only,), why))
         return prepared, frozen
     num_tried = min(NUM_TRIED, len(prepared.task.train))
